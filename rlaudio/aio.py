@@ -1,7 +1,10 @@
 """Small habits of asyncio that the standard library leaves to its users."""
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Iterable
+from types import TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -42,6 +45,62 @@ async def cancellation_point() -> None:
     current = asyncio.current_task()
     if current is not None and current.cancelling():
         await asyncio.sleep(0)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, and what ran has been stopped as Ctrl-C stops it."""
+
+
+class StopsOnSigterm:
+    """Runs a coroutine that SIGTERM ends as Ctrl-C does: it is cancelled, and may save what it has.
+
+    Use as a context manager around everything that the process still does after that: whoever sent the signal waits.
+
+    Args:
+        deadline_s: for all of it, from the signal on.
+        late: called in a thread when that is over; ends the process.
+    """
+
+    def __init__(self, *, deadline_s: float, late: Callable[[], None]) -> None:
+        self._timer = threading.Timer(deadline_s, late)
+        self._timer.daemon = True
+        self._came = False
+
+    def __enter__(self) -> "StopsOnSigterm":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        if self._timer.is_alive():
+            self._timer.join(1.0)
+
+    def run(self, main: Coroutine[Any, Any, T]) -> T:
+        """As `asyncio.run`, in the main thread. Raises Terminated when SIGTERM ended it."""
+        # Ray has a handler of its own, which leaves no time to save; it is put back afterwards.
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            return asyncio.run(self._stoppable(main))
+        except asyncio.CancelledError:
+            if self._came:
+                raise Terminated from None
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    async def _stoppable(self, main: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.current_task()
+        assert task is not None, "asyncio.run makes a task"
+
+        def stop() -> None:
+            if not self._came:  # once: a second one must not cancel the saving
+                self._came = True
+                self._timer.start()
+                task.cancel()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+        return await main
 
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -22,6 +22,7 @@ class RunSettings:
     # Batches of groups; each takes epochs * minibatches optimizer steps. 0 evaluates the held-out sets only.
     steps: int = 100
     checkpoint_every: int = 50  # steps; the last step is always saved
+    stop_deadline_s: float = 300.0  # after SIGTERM, for the step under way, the checkpoint and the end of all actors
 
 
 @dataclass

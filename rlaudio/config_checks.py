@@ -72,7 +72,12 @@ SHARE = Range(0, 1, above=True)
 FACTOR = Range(0, 1)
 
 RANGES: Mapping[type, Mapping[str, Range]] = {
-    RunSettings: {"steps": Range(0, why="0 evaluates only"), "checkpoint_every": ONE, "seed": ZERO},
+    RunSettings: {
+        "steps": Range(0, why="0 evaluates only"),
+        "checkpoint_every": ONE,
+        "seed": ZERO,
+        "stop_deadline_s": ABOVE_ZERO,
+    },
     SftRunSettings: {"seed": ZERO},
     DataSettings: {"max_clip_s": Range(0, why="0 is an hour")},
     MixtureSettings: {"weight": ABOVE_ZERO},

@@ -25,7 +25,9 @@ AIM = 0.9
 FILLED = 0.5
 """Share of the slots that hold finished groups, above which more is made than is used."""
 MEMORY_COOLDOWNS = 20
-"""How long a size that was too small is remembered."""
+"""How long a size that was too small is remembered; longer when it was tried again, four times as long at most."""
+NUM_LOOKS = 3000
+"""How many are worth keeping: a day and a night of half minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ def next_change(looks: Sequence[Look], settings: AutoscaleSettings, *, num_slots
     """What to ask for now; None where everything may stay.
 
     Args:
-        looks: the last ones, oldest first; `memory_s` of them are enough.
+        looks: the last `NUM_LOOKS`, oldest first.
         settings: limits and cool-down.
         num_slots: groups that the window admits: more rollout actors than those would have nothing to play.
     """
@@ -120,8 +122,15 @@ def _shrinkage(seen: Look, looks: Sequence[Look], settings: AutoscaleSettings, *
 
 
 def _was_too_small(pool: str, size: int, looks: Sequence[Look], settings: AutoscaleSettings) -> bool:
-    since_s = looks[-1].at_s - MEMORY_COOLDOWNS * settings.cooldown_s
-    return any(look.learner_waits and getattr(look, pool) <= size for look in looks if look.at_s >= since_s)
+    """Whether the learner waited at that size, or a smaller one, and not too long ago to try it again."""
+    num_times, last_s, waited = 0, 0.0, False
+    for look in looks:
+        waits = look.learner_waits and getattr(look, pool) <= size
+        num_times += waits and not waited
+        last_s = look.at_s if waits else last_s
+        waited = waits
+    memory_s = MEMORY_COOLDOWNS * settings.cooldown_s * min(num_times, 4)
+    return num_times > 0 and looks[-1].at_s - last_s < memory_s
 
 
 def _since_the_last_change(looks: Sequence[Look]) -> Sequence[Look]:

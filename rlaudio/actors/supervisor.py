@@ -78,6 +78,7 @@ class _Place:
     actor: str = ""
     num_lives: int = 0
     losses_s: deque[float] = field(default_factory=deque)
+    num_failed_starts: int = 0  # since an actor of it has worked
     work: asyncio.Task[None] | None = None
 
     def next_name(self) -> str:
@@ -146,6 +147,7 @@ class Supervisor:
         for place in kept[size:]:
             self._places.remove(place)
             self.pool.give_no_more(place.actor)
+            self._num_leaving += 1
             self._do(self._dismiss(place))
         while len(self._places) < size:
             place = _Place(f"{self._prefix}-{self._num_places}")
@@ -187,6 +189,7 @@ class Supervisor:
             try:
                 return await self._hire(place, name)
             except Exception as error:  # what a named class raises may be anything: it is told, and tried again
+                place.num_failed_starts += 1
                 pause_s = self._pause_after(place, f"{name}: {line(error)}")
 
     async def _hire(self, place: _Place, name: str) -> None:
@@ -194,7 +197,7 @@ class Supervisor:
 
         def take_in() -> None:
             self.pool.add(name, handle)
-            place.state, place.actor = "filled", name
+            place.state, place.actor, place.num_failed_starts = "filled", name, 0
 
         try:
             await self.pool.placed(name, handle, deadline_s=self._settings.place_deadline_s)
@@ -212,15 +215,16 @@ class Supervisor:
         place.losses_s.append(now_s)
         while place.losses_s[0] < now_s - settings.window_s:
             place.losses_s.popleft()
-        num_lost = len(place.losses_s)
+        # A start may take longer than the window: those that failed count until one goes well.
+        num_lost = max(len(place.losses_s), place.num_failed_starts)
         if num_lost <= settings.max_restarts:
             pause_s = pause_before_restart(num_lost, settings, chance=self._jitter.random())
             self._told(f"{place.name} starts again in {pause_s:.1f} s (loss {num_lost}): {reason}")
             return pause_s
         place.state = "given up"
         self._told(
-            f"{place.name} is given up after {num_lost} losses in {settings.window_s:g} s, the last was {reason}; "
-            f"see Ray's logs of that actor, then `rlaudio scale` fills its place again"
+            f"{place.name} is given up after {num_lost} losses (supervision.max_restarts is {settings.max_restarts}), "
+            f"the last was {reason}; see Ray's logs of that actor, then `rlaudio scale` fills its place again"
         )
         self.pool.look_again()
         return None
@@ -228,7 +232,6 @@ class Supervisor:
     # ---- going -------------------------------------------------------------------------------------------------
 
     async def _dismiss(self, place: _Place) -> None:
-        self._num_leaving += 1
         try:
             if place.work is not None and not place.work.done():
                 place.work.cancel()

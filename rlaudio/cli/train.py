@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from rlaudio.aio import StopsOnSigterm, Terminated
 from rlaudio.audio.voice import Voice
 from rlaudio.config import RunConfig
 from rlaudio.config_loader import code_path, load_config, to_yaml
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 _MEMORY_BYTES = 4 << 30
 """Two vLLM engines, one DeepSpeed rank and the driver at tiny size: about 1 GB each, mostly imports."""
 _DISK_BYTES = 1 << 30
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes after Ctrl-C and SIGTERM, as shells have them."""
 
 
 def train_command(config_path: str, overrides: Sequence[str], *, resume: str | None) -> int:
@@ -81,6 +84,20 @@ def resume_command(folder: RunFolder) -> str:
 
 
 def _run(config: RunConfig, data: RunData, folder: RunFolder, *, resume: bool) -> int:
+    def late() -> None:
+        print(
+            f"stopped by SIGTERM, and not done with saving after {config.run.stop_deadline_s:g} s "
+            f"(run.stop_deadline_s); go on from the last whole checkpoint with: {resume_command(folder)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(TERMINATED)  # whatever hangs must not keep whoever waits for the process
+
+    with StopsOnSigterm(deadline_s=config.run.stop_deadline_s, late=late) as stopping:
+        return _run_whole(config, data, folder, stopping, resume=resume)
+
+
+def _run_whole(config: RunConfig, data: RunData, folder: RunFolder, stopping: StopsOnSigterm, *, resume: bool) -> int:
     from rlaudio.observe.progress import Progress
     from rlaudio.observe.tracker import JsonlTracker, MlflowTracker, Status, Tracker, Trackers
     from rlaudio.recipes.cluster import joined_ray
@@ -102,7 +119,7 @@ def _run(config: RunConfig, data: RunData, folder: RunFolder, *, resume: bool) -
     try:
         with Progress() as progress, joined_ray(resource_needs(config)):
             installed = installed_in_s()
-            outcome = asyncio.run(
+            outcome = stopping.run(
                 run_rl(
                     config,
                     data=data,
@@ -118,10 +135,11 @@ def _run(config: RunConfig, data: RunData, folder: RunFolder, *, resume: bool) -
         tracker.log_artifact(folder.report_json)
         tracker.log_artifact(folder.report_html)
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         status = "KILLED"
-        print(f"stopped; go on with: {resume_command(folder)}", file=sys.stderr)
-        return 130
+        by_signal = isinstance(stop, Terminated)
+        print(f"stopped{' by SIGTERM' * by_signal}; go on with: {resume_command(folder)}", file=sys.stderr)
+        return TERMINATED if by_signal else INTERRUPTED
     except RlaudioError:
         print(f"the run folder keeps what was done: {folder.path}", file=sys.stderr)
         if any(folder.checkpoints.glob("step-*/driver.json")):

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import ray
 from ray.actor import ActorHandle
 
-from rlaudio.actors.autoscale import MEMORY_COOLDOWNS, Look, next_change
+from rlaudio.actors.autoscale import NUM_LOOKS, Look, next_change
 from rlaudio.actors.members import ActorPool
 from rlaudio.actors.pool import RewardPool, RolloutPool
 from rlaudio.actors.supervisor import Hiring, PoolSize, Supervisor
@@ -168,8 +168,7 @@ async def _follow(
     told: Callable[[str], None],
 ) -> None:
     settings = config.autoscale
-    num_kept = int(2 * MEMORY_COOLDOWNS * settings.cooldown_s / settings.look_s) + 2
-    looks: deque[Look] = deque(maxlen=num_kept)
+    looks: deque[Look] = deque(maxlen=NUM_LOOKS)
     refused = ""
     while True:
         looks.append(await _look(rollouts, rewards, learner, look_s=settings.look_s))

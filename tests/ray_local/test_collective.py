@@ -20,6 +20,7 @@ from rlaudio.weights import membership
 from rlaudio.weights.base import Broadcast
 from rlaudio.weights.collective import CollectiveTransport
 from rlaudio.weights.groups import in_daemon
+from rlaudio.weights.joining import JoinableWeights
 from rlaudio.weights.membership import SenderStep
 from tests.weight_world import Arrived, FakeRank, Here, Pool, ReceivingActor, Sent, SentShare
 
@@ -113,6 +114,42 @@ async def test_a_group_serves_until_somebody_joins() -> None:
     assert set((await world.publish()).live) == {"one", "two", "three"}
     await world.live("one", "two", "three")
     assert world.num_groups() == 2
+
+
+async def test_who_joins_between_two_broadcasts_gets_the_weights_of_the_last_and_then_those_of_the_next() -> None:
+    world = World.of("one", "two")
+    receivers: Any = world.pool
+    weights = JoinableWeights(world.transport, receivers=receivers, version=WeightVersion(0, 0))
+    world.number += 1
+    await weights.broadcast(world.ranks.publish(world.number))
+    three = ReceivingActor()
+    handle = Here(three.sync)
+    held = await weights.join("three", handle, take_in=lambda: world.pool.handles.update(three=handle))
+    world.actors["three"] = three
+    assert held == WeightVersion(0, 1)
+    await world.live("one", "two", "three")
+    world.number += 1
+    outcome = await weights.broadcast(world.ranks.publish(world.number))
+    assert (set(outcome.live), outcome.evicted) == ({"one", "two", "three"}, {})
+    await world.live("one", "two", "three")
+
+
+async def test_who_joins_when_the_ranks_hold_newer_weights_gets_those() -> None:
+    """Ranks keep one version to send: that of the broadcast which is about to begin."""
+    world = World.of("one")
+    receivers: Any = world.pool
+    weights = JoinableWeights(world.transport, receivers=receivers, version=WeightVersion(0, 0))
+    await weights.broadcast(world.ranks.publish(1))
+    newer = world.ranks.publish(2)
+    two = world.actors["two"] = ReceivingActor()
+    handle = Here(two.sync)
+    joining = asyncio.create_task(weights.join("two", handle, take_in=lambda: world.pool.handles.update(two=handle)))
+    await asyncio.sleep(0)
+    outcome = await weights.broadcast(newer)
+    assert (outcome.live, outcome.evicted) == (("one",), {})
+    assert await joining == WeightVersion(0, 2)
+    world.number = 2
+    await world.live("one", "two")
 
 
 async def test_the_silent_one_is_named_and_the_others_are_live_in_time() -> None:

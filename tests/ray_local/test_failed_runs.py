@@ -1,5 +1,8 @@
 """A run that fails never looks like one that went well: its error comes out, MLflow says FAILED, there is no report."""
 
+import asyncio
+import os
+import signal
 import sqlite3
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -7,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rlaudio.aio import Terminated
 from rlaudio.cli import main as command
 from rlaudio.cli import train
 from rlaudio.config import RunConfig
@@ -23,6 +27,7 @@ FAILURES = [
     WeightSyncError("weights 0.3 reached no engine"),
     OSError(28, "No space left on device"),
     KeyboardInterrupt(),
+    Terminated(),
 ]
 
 
@@ -45,6 +50,9 @@ def test_a_failed_run_says_so_everywhere(
         checkpoint = folder.checkpoints / "step-000020"
         checkpoint.mkdir(parents=True)
         (checkpoint / "driver.json").write_text("{}")
+        if isinstance(failure, Terminated):  # as a job that is stopped meets it
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(60)
         raise failure
 
     def train_command(*_: object, **__: object) -> int:
@@ -66,8 +74,10 @@ def test_a_failed_run_says_so_everywhere(
         last = capsys.readouterr().err.rstrip().splitlines()[-1]
     (run,) = root.glob(f"{name}-*")
     stopped = isinstance(failure, KeyboardInterrupt)
-    assert code == (130 if stopped else 1 if isinstance(failure, OSError) else 2)
-    assert last.startswith("stopped; go on with: " if stopped else f"{name}: {failure}")
+    codes = {"KeyboardInterrupt": 130, "Terminated": 143, "OSError": 1}
+    assert code == codes.get(name, 2)
+    said = {"KeyboardInterrupt": "stopped; go on with: ", "Terminated": "stopped by SIGTERM; go on with: "}
+    assert last.startswith(said.get(name, f"{name}: {failure}"))
     assert not (run / "report.json").exists()
     with closing(sqlite3.connect(root / "mlflow.db")) as database:
         found = database.execute("select status from runs where name = ?", (run.name,)).fetchall()

@@ -4,6 +4,7 @@ As `test_loop_schedules.py`, whose promises hold here too: every group is accoun
 comes and goes. The same schedules are run through pools and supervisors that are broken on purpose, and must tell.
 """
 
+import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -208,11 +209,36 @@ def test_a_place_whose_actors_are_lost_again_and_again_is_given_up_and_the_run_g
     outcome = run(world)
     assert outcome.leaf is None and not broken_promises(outcome)
     (given_up,) = (sentence for sentence in world.told if "given up" in sentence)
-    assert given_up.startswith("rollout-0 is given up after 3 losses in 1000 s, the last was rollout-0.3: ")
+    assert given_up.startswith("rollout-0 is given up after 3 losses (supervision.max_restarts is 2), the last was ")
+    assert "rollout-0.3: " in given_up
     assert "ActorDiedError" in given_up or "RayActorError" in given_up
     assert "`rlaudio scale` fills its place again" in given_up
     size = world.sizes["rollout"]
     assert (size.wanted, size.serving, size.given_up) == (2, 1, 1)
+
+
+def test_starts_that_fail_count_however_long_they_take() -> None:
+    """The window is for actors that have worked: a start of five minutes must not make a crash loop go on for ever."""
+    never_up: dict[str, tuple[int, Ailment]] = {f"rollout-0.{life}": (-1, "dead") for life in range(2, 9)}
+    settings = SupervisionSettings(max_restarts=3, window_s=1.0, first_pause_s=10.0)
+    world = FakeRun(ONE_GROUP, steps=400, ailments={"rollout-0": (0, "dead"), **never_up}, supervision=settings)
+    assert run(world).leaf is None
+    assert [line for line in world.told if "rollout-0 is given up after 4 losses" in line and "rollout-0.5" in line]
+    assert world.sizes["rollout"].given_up == 1
+
+
+async def test_whoever_leaves_counts_from_the_moment_it_is_asked_to() -> None:
+    """Else a command that looks at once would think that it is done."""
+    world = FakeRun(ONE_GROUP, num_engines=3, supervision=SupervisionSettings())
+    world._supervise(None, SupervisionSettings())  # type: ignore[arg-type]
+    supervisor = world.supervisors["rollout"]
+    supervisor.resize(1)
+    assert (supervisor.size.serving, supervisor.size.leaving) == (1, 2) and not supervisor.size.settled
+    await asyncio.sleep(0.05)
+    assert supervisor.size.settled and supervisor.pool.num_alive == 1
+    supervisor.resize(2)
+    assert (supervisor.size.serving, supervisor.size.coming) == (1, 1) and not supervisor.size.settled
+    await supervisor.stop()
 
 
 def test_a_run_ends_when_every_place_is_given_up_and_says_of_what() -> None:
