@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from rlaudio.config_objects import require_records
 from rlaudio.data.run_data import RunData, read_data
 from rlaudio.doctor.static.settings import problems_before_start
 from rlaudio.errors import RlaudioError
+from rlaudio.jobs.passed import IN_JOB, enter_job
 from rlaudio.preflight import (
     check_disk,
     check_memory,
@@ -40,6 +42,7 @@ _DISK_BYTES = 1 << 30
 
 def train_command(config_path: str, overrides: Sequence[str], *, resume: str | None) -> int:
     """Check everything that can be checked, then run. Returns the exit code; raises RlaudioError on failures."""
+    enter_job()
     check_platform()
     check_versions()
     make_importable(config_path, resume=resume)  # before the check, which loads the classes that are named
@@ -83,6 +86,8 @@ def _run(config: RunConfig, data: RunData, folder: RunFolder, *, resume: bool) -
     from rlaudio.recipes.cluster import joined_ray
     from rlaudio.recipes.rl import resource_needs, run_rl
 
+    if IN_JOB in os.environ:  # `rlaudio submit` reads these lines in the job's log
+        print(f"run folder: {folder.path}", flush=True)
     trackers: list[Tracker] = [JsonlTracker(folder.metrics / "metrics.jsonl")]
     mlflow = None
     if config.tracking.mlflow:
@@ -91,6 +96,7 @@ def _run(config: RunConfig, data: RunData, folder: RunFolder, *, resume: bool) -
             run_folder=folder.path,
             experiment=config.tracking.experiment,
             uri=config.tracking.uri,
+            linked=(lambda link: print(f"mlflow: {link}", flush=True)) if IN_JOB in os.environ else None,
         )
         trackers.append(mlflow)
     tracker = Trackers(*trackers)
