@@ -6,6 +6,7 @@ RlaudioError
 ├── AudioError           a sound cannot be decoded or breaks a limit
 ├── CheckpointError      a model or resume checkpoint is incomplete, misshapen or unsafe
 ├── ResourceError        the machine lacks memory, disk, a port or a matching package
+├── ClusterError         a Ray cluster cannot be reached, refuses, or has no room
 ├── RunFolderError       a run folder cannot be written, or is not a run
 ├── EngineError          the generation engine failed or answered something impossible
 │   ├── EngineDeadError  the engine will answer nothing more: its actor is left out
@@ -45,6 +46,10 @@ class CheckpointError(RlaudioError):
 
 class ResourceError(RlaudioError):
     """The machine lacks memory, disk, a port or a matching package."""
+
+
+class ClusterError(RlaudioError):
+    """A Ray cluster cannot be reached, refuses what is asked of it, or has no room: names address or resources."""
 
 
 class RunFolderError(RlaudioError):

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from rlaudio.cli.data import add_data_commands
+from rlaudio.cli import cluster, submit
 from rlaudio.errors import RlaudioError
 
 INTERRUPTED = 130
@@ -19,12 +20,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("train", "reinforcement learning: play, judge, learn, evaluate before and after"),
         ("doctor", "prove that engine and trainer of a run agree, with numbers; exit code 1 where they do not"),
         ("sft", "supervised training in phases: mid-training, cold start, judges"),
+        ("submit", "run on a Ray cluster: submit, follow, stop, list jobs"),
+        ("cluster", "print a cluster's manifest, sized from the configuration"),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("config", help="YAML file")
+        command.add_argument("config", help="YAML file", nargs="?" if name == "submit" else None)
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
         if name == "train":
             command.add_argument("--resume", metavar="RUN", help="go on with this run folder from its last checkpoint")
+        if name == "submit":
+            submit.add_arguments(command)
+        if name == "cluster":
+            cluster.add_arguments(command)
         if name == "doctor":
             command.add_argument("--static", action="store_true", help="compute from the settings alone, start nothing")
     add_data_commands(commands)
@@ -57,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return scale_command(
                 arguments.run, arguments.overrides, wait=not arguments.no_wait, deadline_s=arguments.deadline
             )
+        if arguments.command == "submit":
+            return submit.submit_command(arguments)
+        if arguments.command == "cluster":
+            return cluster.cluster_command(arguments)
         from rlaudio.cli.sft import sft_command
 
         return sft_command(arguments.config, arguments.overrides)

@@ -20,6 +20,7 @@ from rlaudio.data.problems import MAX_PROBLEMS
 from rlaudio.data.run_data import RunData, read_data
 from rlaudio.doctor.static.settings import problems_before_start
 from rlaudio.errors import RlaudioError
+from rlaudio.jobs.passed import IN_JOB, enter_job
 from rlaudio.preflight import (
     check_disk,
     check_memory,
@@ -44,6 +45,7 @@ INTERRUPTED, TERMINATED = 130, 143
 
 def train_command(config_path: str, overrides: Sequence[str], *, resume: str | None) -> int:
     """Check everything that can be checked, then run. Returns the exit code; raises RlaudioError on failures."""
+    enter_job()
     check_platform()
     check_versions()
     make_importable(config_path, resume=resume)  # before the check, which loads the classes that are named
@@ -103,6 +105,8 @@ def _run_whole(config: RunConfig, data: RunData, folder: RunFolder, stopping: St
     from rlaudio.recipes.cluster import joined_ray
     from rlaudio.recipes.rl import resource_needs, run_rl
 
+    if IN_JOB in os.environ:  # `rlaudio submit` reads these lines in the job's log
+        print(f"run folder: {folder.path}", flush=True)
     trackers: list[Tracker] = [JsonlTracker(folder.metrics / "metrics.jsonl")]
     mlflow = None
     if config.tracking.mlflow:
@@ -111,6 +115,7 @@ def _run_whole(config: RunConfig, data: RunData, folder: RunFolder, stopping: St
             run_folder=folder.path,
             experiment=config.tracking.experiment,
             uri=config.tracking.uri,
+            linked=(lambda link: print(f"mlflow: {link}", flush=True)) if IN_JOB in os.environ else None,
         )
         trackers.append(mlflow)
     tracker = Trackers(*trackers)

@@ -14,6 +14,7 @@ from typing import Any
 
 from rlaudio.errors import ResourceError
 from rlaudio.observe.background import Point, Status
+from rlaudio.secrets import masked
 
 _LOG = logging.getLogger("rlaudio.observe")
 _RUN_FILE = "mlflow_run.json"
@@ -30,6 +31,7 @@ class MlflowBackend:
 
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
+        self._uri = uri
         self._client = MlflowClient(tracking_uri=uri)
         self._run_id = self._resume(run_folder / _RUN_FILE, uri) or self._create(
             uri=uri, experiment=experiment, run_name=run_name, run_folder=run_folder, artifacts=artifacts
@@ -66,6 +68,13 @@ class MlflowBackend:
         run_id = str(self._client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id)
         (run_folder / _RUN_FILE).write_text(json.dumps({"uri": uri, "run_id": run_id}) + "\n", encoding="utf-8")
         return run_id
+
+    def link(self) -> str:
+        """The run's page on a tracking server; for a database the command that opens it."""
+        if not self._uri.startswith(("http://", "https://")):
+            return open_command(self._uri)
+        experiment = self._client.get_run(self._run_id).info.experiment_id
+        return masked(f"{self._uri.rstrip('/')}/#/experiments/{experiment}/runs/{self._run_id}")
 
     def points(self, points: list[Point]) -> None:
         from mlflow.entities import Metric

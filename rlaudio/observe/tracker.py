@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -130,19 +130,31 @@ class MlflowTracker(BackgroundTracker):
         run_folder: this run's folder; resuming in the same folder continues the same MLflow run.
         experiment: groups runs.
         uri: another tracking server; empty is the SQLite file of `run_root`.
+        linked: hears, in the tracker's thread, how the run is opened in a browser as soon as there is one.
     """
 
-    def __init__(self, *, run_root: Path, run_folder: Path, experiment: str, uri: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        run_root: Path,
+        run_folder: Path,
+        experiment: str,
+        uri: str = "",
+        linked: Callable[[str], None] | None = None,
+    ) -> None:
         self.uri = uri or f"sqlite:///{(run_root / 'mlflow.db').absolute()}"
 
         def connect() -> Backend:
-            return MlflowBackend(
+            backend = MlflowBackend(
                 uri=self.uri,
                 experiment=experiment,
                 run_name=run_folder.name,
                 run_folder=run_folder,
                 artifacts=run_root / "mlflow_artifacts",
             )
+            if linked is not None:
+                linked(backend.link())
+            return backend
 
         super().__init__(connect)
 

@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "config",
         "registry",
         "config_loader",
+        "secrets",
         "preflight",
         "runs",
         "aio",
@@ -64,7 +65,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("models", "weights", "engines", "actors", "learner"),
     ("observe", "evals", "doctor"),
-    ("loop", "recipes"),
+    ("loop", "recipes", "jobs", "manifests"),
     ("cli",),
 )
 """From the bottom up. The longest fitting prefix of a module's name decides."""
