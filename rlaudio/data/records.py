@@ -3,8 +3,8 @@
 One object per line: `id`, `task`, `axis`?, `license`?, `sources`? `[reward source]`, `messages[]`. A message is `role`,
 `content[]` of `{"audio": uri, "sha256", "sample_rate", "transcript"?}` or `{"text": ...}`, and on user messages
 `answer`?, `choices`? `{letter: text}`, `constraints`? `[{kind, value, persists?}]`, `reference_response`?,
-`rubric`? `[{text, weight?, critical?}]`; on assistant messages `thinking`?. Sound URIs are relative to the data root
-(the folder of the clip store).
+`rubric`? `[{text, weight?, critical?}]`; on assistant messages `thinking`?; on any `title`?, see `types.Message`. Sound
+URIs are relative to the data root (the folder of the clip store).
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ def record_to_json(record: PromptRecord) -> dict[str, object]:
 
 def _message_to_json(message: Message) -> dict[str, object]:
     line: dict[str, object] = {"role": message.role, "content": [_part_to_json(part) for part in message.parts]}
+    if message.title is not None:
+        line["title"] = message.title
     if message.thinking is not None:
         line["thinking"] = message.thinking
     if message.answer is not None:
@@ -232,7 +234,7 @@ _CHECKS = ("answer", "choices", "constraints", "reference_response", "rubric")
 
 
 def _message(value: object, at: str) -> Message:
-    fields = _object(value, at, allowed=("role", "content", "thinking", *_CHECKS))
+    fields = _object(value, at, allowed=("role", "content", "title", "thinking", *_CHECKS))
     role = _text(fields, "role", at)
     if role not in _ROLES:
         raise _Bad(f"{at}.role", role, f"use one of {', '.join(_ROLES)}")
@@ -261,6 +263,7 @@ def _message(value: object, at: str) -> Message:
         ),
         thinking=_optional_text(fields, "thinking", at, allow_empty=True),
         choices=choices,
+        title=_optional_text(fields, "title", at),
     )
 
 
