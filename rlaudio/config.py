@@ -397,6 +397,7 @@ class ClusterSettings:
 
 @dataclass
 class RunConfig:
+    recipe: str = "rl"  # what `rlaudio train` does with this file
     run: RunSettings = field(default_factory=RunSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -451,6 +452,7 @@ class SftRunSettings:
 class SftConfig:
     """The supervised recipe: mid-training and cold start on the same learner group as RL."""
 
+    recipe: str = "sft"
     run: SftRunSettings = field(default_factory=SftRunSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     clips: str = field(default="", metadata=PATH)

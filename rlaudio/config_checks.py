@@ -45,7 +45,16 @@ from rlaudio.config import (
     SyncSettings,
     TrapSettings,
 )
+from rlaudio.config_judges import (
+    AgreementSettings,
+    AskingSettings,
+    CalibrationSettings,
+    JudgedSetSettings,
+    JudgeRunSettings,
+    RewardModelConfig,
+)
 from rlaudio.evals.summary import RESERVED_SETS
+from rlaudio.rewards.levels import MAX_LEVELS
 from rlaudio.rewards.scope import NEEDS
 
 
@@ -81,6 +90,22 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
     SftRunSettings: {"seed": ZERO},
     DataSettings: {"max_clip_s": Range(0, why="0 is an hour")},
     MixtureSettings: {"weight": ABOVE_ZERO},
+    JudgeRunSettings: {"seed": ZERO},
+    AskingSettings: {
+        "levels": Range(2, MAX_LEVELS),
+        "max_new_tokens": Range(0, why="0 is the model's default"),
+        "max_section_tokens": ONE,
+    },
+    CalibrationSettings: {
+        "num_cpus": ZERO,
+        "num_gpus": ZERO,
+        "bootstrap": ONE,
+        "max_in_flight": ONE,
+        "verdict_deadline_s": ABOVE_ZERO,
+        "start_deadline_s": ABOVE_ZERO,
+    },
+    AgreementSettings: {"steps": Range(0, why="0 leaves it out"), "exact_weight": FACTOR},
+    RewardModelConfig: {"heldout_share": Range(0, 0.9, above=True)},
     DialogueSettings: {"max_turns": ONE, "seconds_per_turn": ABOVE_ZERO},
     SamplingSettings: {
         "temperature": Range(0, above=True, why="greedy siblings are all alike, nothing can be learned"),
@@ -188,6 +213,8 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
 DTYPES = ("float32", "bfloat16")
 
 CHOICES: Mapping[type, Mapping[str, tuple[object, ...]]] = {
+    AskingSettings: {"hears": ("transcript", "sound")},
+    JudgedSetSettings: {"kind": ("pairs", "reward_bench_2", "judge_bench")},
     ModelSettings: {"dtype": DTYPES},
     JudgeModelSettings: {"dtype": DTYPES},
     ServedModelSettings: {"dtype": DTYPES},
@@ -228,9 +255,10 @@ _NAME = re.compile(r"[\w.-][\w. -]*", re.ASCII)
 def run_problems(config: RunConfig) -> list[str]:
     """One sentence per setting of an RL run that cannot be meant: its name, its value, the way out."""
     return [
+        *recipe_problem(config.recipe, wanted="rl"),
         *value_problems(config),
         *_algorithm_problems(config),
-        *_learner_problems(config.learner, dtype=config.model.dtype),
+        *learner_problems(config.learner, dtype=config.model.dtype),
         *_rollout_problems(config),
         *_sync_problems(config),
         *_autoscale_problems(config),
@@ -244,11 +272,17 @@ def run_problems(config: RunConfig) -> list[str]:
 def sft_problems(config: SftConfig) -> list[str]:
     """The same for a supervised run."""
     return [
+        *recipe_problem(config.recipe, wanted="sft"),
         *value_problems(config),
-        *_learner_problems(config.learner, dtype=config.model.dtype),
-        *_unused_problems(config.learner),
-        *_phase_problems(config.phases),
+        *learner_problems(config.learner, dtype=config.model.dtype),
+        *unused_problems(config.learner),
+        *phase_problems(config.phases),
     ]
+
+
+def recipe_problem(found: str, *, wanted: str) -> list[str]:
+    """What is wrong with `recipe`, in the command that runs `wanted`."""
+    return [] if found == wanted else [f"recipe is {found!r} and this command runs {wanted!r}: use `rlaudio train`"]
 
 
 # ---- single values ------------------------------------------------------------------------------------------------
@@ -281,7 +315,7 @@ def _listed(choices: Sequence[object]) -> str:
 # ---- settings at odds ---------------------------------------------------------------------------------------------
 
 
-def _learner_problems(learner: LearnerSettings, *, dtype: str) -> Iterator[str]:
+def learner_problems(learner: LearnerSettings, *, dtype: str) -> Iterator[str]:
     if dtype == "bfloat16" and learner.zero_stage == 0:
         yield (
             "learner.zero_stage is 0 and model.dtype bfloat16: stage 0 keeps no float32 master weights, "
@@ -351,20 +385,14 @@ def _source_problems(rewards: RewardSettings) -> Iterator[str]:
         yield "rewards.sources is empty, so there is nothing to learn from: name at least one source"
     elif all(source.is_measured for source in rewards.sources):
         yield "rewards.sources: every weight is 0, so all is measured and nothing to learn from: give one a weight"
-    yield from _name_problems([source.name for source in rewards.sources], key="rewards.sources", what="reward source")
+    yield from name_problems([source.name for source in rewards.sources], key="rewards.sources", what="reward source")
     for index, source in enumerate(rewards.sources):
         yield from _mix_problems(source, key=f"rewards.sources[{index}]")
     judge = rewards.judge_model
     if judge.endpoint.url:
         if judge.path:
             yield "rewards.judge_model has a path and an endpoint.url: one judge answers, leave one of them out"
-        if not re.match(r"https?://[^\s/@]+(/[^\s?#]*)?$", judge.endpoint.url):
-            yield (
-                f"rewards.judge_model.endpoint.url is {_without_secrets(judge.endpoint.url)!r}: set an address such as "
-                "http://host:8000/v1, without name or key in it"
-            )
-        if not judge.endpoint.model:
-            yield "rewards.judge_model.endpoint.model is empty: name the model as the endpoint knows it"
+        yield from endpoint_problems(judge, key="rewards.judge_model")
     if rewards.reference_model.path and not judge.path:
         # The actor's environment is made for the judge's engine, before vLLM is imported.
         found = "is an endpoint" if judge.endpoint.url else "has no path"
@@ -372,6 +400,18 @@ def _source_problems(rewards: RewardSettings) -> Iterator[str]:
             f"rewards.reference_model needs a judge that is served here, and rewards.judge_model {found}: serve one, "
             "or use references of the record or of siblings"
         )
+
+
+def endpoint_problems(judge: JudgeModelSettings, *, key: str) -> Iterator[str]:
+    if not judge.endpoint.url:
+        return
+    if not re.match(r"https?://[^\s/@]+(/[^\s?#]*)?$", judge.endpoint.url):
+        yield (
+            f"{key}.endpoint.url is {_without_secrets(judge.endpoint.url)!r}: set an address such as "
+            "http://host:8000/v1, without name or key in it"
+        )
+    if not judge.endpoint.model:
+        yield f"{key}.endpoint.model is empty: name the model as the endpoint knows it"
 
 
 def _trap_problems(config: RunConfig) -> Iterator[str]:
@@ -412,7 +452,7 @@ def _mixture_problems(path: str, mixture: Sequence[MixtureSettings], *, file: st
     elif not path and not mixture:
         yield f"{file} is not set: name a file of records, or the parts of {key}"
     names = [part.name or PurePath(part.path).stem for part in mixture]
-    yield from _name_problems(names, key=key, what="part")
+    yield from name_problems(names, key=key, what="part")
     total = sum(part.weight for part in mixture)
     if mixture and all(part.weight > 0 for part in mixture) and abs(total - 1) > MIXTURE_TOLERANCE:
         shares = ", ".join(f"{part.weight / total:.6g}" for part in mixture)
@@ -427,7 +467,7 @@ def _heldout_problems(heldout: Mapping[str, str]) -> Iterator[str]:
             yield f"data.heldout names a set {name!r}: use letters, digits and . _ - only, it becomes a file's name"
 
 
-def _name_problems(names: Sequence[str], *, key: str, what: str) -> Iterator[str]:
+def name_problems(names: Sequence[str], *, key: str, what: str) -> Iterator[str]:
     for index, name in enumerate(names):
         if not _NAME.fullmatch(name):
             yield f"{key}[{index}].name is {name!r}: use letters, digits and . _ - only, it becomes a metric's name"
@@ -519,7 +559,7 @@ def _overlong_problems(settings: AlgorithmSettings, *, longest: int) -> Iterator
 # ---- supervised phases --------------------------------------------------------------------------------------------
 
 
-def _unused_problems(learner: LearnerSettings) -> Iterator[str]:
+def unused_problems(learner: LearnerSettings) -> Iterator[str]:
     """Settings of the learner that every phase has of its own: here they would be read by nobody."""
     unset = LearnerSettings()
     for name in ("lr", "warmup_steps", "train_encoder"):
@@ -529,10 +569,10 @@ def _unused_problems(learner: LearnerSettings) -> Iterator[str]:
         yield f"learner.decay_steps is {learner.decay_steps}: a phase decays over its steps, set phases[0].cosine"
 
 
-def _phase_problems(phases: Sequence[PhaseSettings]) -> Iterator[str]:
+def phase_problems(phases: Sequence[PhaseSettings]) -> Iterator[str]:
     if not phases:
         yield "phases is empty, so nothing would be trained: name at least one phase with data and steps"
-    yield from _name_problems([phase.name for phase in phases], key="phases", what="phase")
+    yield from name_problems([phase.name for phase in phases], key="phases", what="phase")
     for index, phase in enumerate(phases):
         if phase.lm_weight == 0 and phase.ctc_weight == 0:
             yield f"phases[{index}]: lm_weight and ctc_weight are both 0, nothing would be trained: raise one"

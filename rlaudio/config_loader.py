@@ -69,6 +69,15 @@ def load_config(
     raise ConfigError(_complaint(path, overrides, problems))
 
 
+def peek(path: str | Path, key: str, overrides: Sequence[str] = (), *, default: str) -> object:
+    """One value at the top of a file, before it is known what else may stand there. Raises ConfigError."""
+    tree = _read_yaml(Path(path).absolute())
+    for override in overrides:
+        if override.partition("=")[0].strip() == key:
+            _apply_override(tree, override)
+    return tree.get(key, default)
+
+
 def to_yaml(config: object) -> str:
     """The configuration as YAML that `load_config` reads back to an equal one."""
     return str(OmegaConf.to_yaml(OmegaConf.structured(config)))

@@ -22,14 +22,14 @@ from rlaudio.types import PromptRecord
 
 def object_problems(config: RunConfig | SftConfig) -> list[str]:
     """One sentence per class that cannot be loaded, option that it does not take, and voice that cannot be built."""
-    problems = list(_family_problems(config.model, key="model"))
+    problems = list(family_problems(config.model, key="model"))
     if isinstance(config, SftConfig):
         return problems
     judge_model = config.rewards.judge_model
     if judge_model.path:
-        problems += _family_problems(judge_model, key="rewards.judge_model")
+        problems += family_problems(judge_model, key="rewards.judge_model")
     if config.rewards.reference_model.path:
-        problems += _family_problems(config.rewards.reference_model, key="rewards.reference_model")
+        problems += family_problems(config.rewards.reference_model, key="rewards.reference_model")
     if ":" in config.algorithm.name:
         problems += _call_problems("algorithm.name", config.algorithm.name, given=1)
     problems += _call_problems("dialogue.user", config.dialogue.user, given=0)
@@ -187,7 +187,8 @@ def _alone_problems(config: RunConfig, sets: Mapping[str, Sequence[PromptRecord]
             yield f"{key}: record {alone[0]!r}{more} is judged by no source: widen a source's `only`, or leave it out"
 
 
-def _family_problems(settings: ModelSettings | ServedModelSettings, *, key: str) -> Iterator[str]:
+def family_problems(settings: ModelSettings | ServedModelSettings, *, key: str) -> Iterator[str]:
+    """Whether the family can be loaded, and takes the options."""
     yield from _call_problems(
         f"{key}.family", settings.family, given=1, options=settings.options, options_key=f"{key}.options"
     )

@@ -115,7 +115,8 @@ class Message:
 
     An assistant message is *given* history; a user message without one after it is to be *played*. `thinking` is the
     reasoning of an assistant message, kept apart from its parts so that no control token is ever written as text.
-    With `choices` the answer is one of their letters.
+    With `choices` the answer is one of their letters. A `title` stands over the message in place of its role's name:
+    sections as a judge reads them (`rewards/agreement.py`).
     """
 
     role: Role
@@ -126,6 +127,7 @@ class Message:
     rubric: tuple[RubricItem, ...] = ()
     thinking: str | None = None
     choices: tuple[Choice, ...] = ()
+    title: str | None = None
 
     @property
     def text(self) -> str:

@@ -17,11 +17,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rlaudio", description="Reinforcement learning for spoken dialogue models.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
-        ("train", "reinforcement learning: play, judge, learn, evaluate before and after"),
+        ("train", "what the file's `recipe` says: rl (play, judge, learn, evaluate), sft, reward_model"),
         ("doctor", "prove that engine and trainer of a run agree, with numbers; exit code 1 where they do not"),
-        ("sft", "supervised training in phases: mid-training, cold start, judges"),
+        ("sft", "supervised training in phases: mid-training, cold start"),
         ("submit", "run on a Ray cluster: submit, follow, stop, list jobs"),
         ("cluster", "print a cluster's manifest, sized from the configuration"),
+        ("judge", "how good a judge is: accuracy, position and length bias, on your sets and public ones"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("config", help="YAML file", nargs="?" if name == "submit" else None)
@@ -51,9 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             code: int = arguments.run(arguments)
             return code
         if arguments.command == "train":
-            from rlaudio.cli.train import train_command
+            from rlaudio.cli.recipes import recipe_command
 
-            return train_command(arguments.config, arguments.overrides, resume=arguments.resume)
+            return recipe_command(arguments.config, arguments.overrides, resume=arguments.resume)
+        if arguments.command == "judge":
+            from rlaudio.cli.judge import judge_command
+
+            return judge_command(arguments.config, arguments.overrides)
         if arguments.command == "doctor":
             from rlaudio.cli.doctor import doctor_command
 

@@ -151,7 +151,7 @@ def _keep(fields: _Fields) -> tuple[str, ...]:
 
 
 def _message(value: object, at: str, bad: list[BadField]) -> Message:
-    fields = _Fields(value, at, bad, allowed=("role", "content", "thinking", *_CHECKS))
+    fields = _Fields(value, at, bad, allowed=("role", "content", "title", "thinking", *_CHECKS))
     role = fields.text("role")
     if role and role not in _ROLES:
         fields.refuse("role", f"use one of {', '.join(_ROLES)}")
@@ -175,6 +175,7 @@ def _message(value: object, at: str, bad: list[BadField]) -> Message:
         reference_response=fields.optional_text("reference_response"),
         rubric=tuple(_rubric_item(item, f"{at}.rubric[{i}]", bad) for i, item in rubric),
         thinking=fields.optional_text("thinking", allow_empty=True),
+        title=fields.optional_text("title"),
         choices=choices,
     )
 

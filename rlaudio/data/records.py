@@ -4,7 +4,7 @@ One object per line: `id`, `task`, `axis`?, `license`?, `sources`? `[reward sour
 not change]`, `messages[]`. A message is `role`, `content[]` of `{"audio": uri, "sha256", "sample_rate", "transcript"?,
 "voice"?, "language"?}` or `{"text": ...}`, and on user messages `answer`?, `choices`? `{letter: text}`, `constraints`?
 `[{kind, value, persists?}]`, `reference_response`?, `rubric`? `[{text, weight?, critical?}]`; on assistant messages
-`thinking`?. Sound URIs are relative to the data root (the folder of the clip store).
+`thinking`?; on any `title`?, see `types.Message`. Sound URIs are relative to the data root (the folder of the clip store).
 """
 
 from __future__ import annotations
@@ -191,6 +191,8 @@ def record_to_json(record: PromptRecord) -> dict[str, object]:
 
 def _message_to_json(message: Message) -> dict[str, object]:
     line: dict[str, object] = {"role": message.role, "content": [_part_to_json(part) for part in message.parts]}
+    if message.title is not None:
+        line["title"] = message.title
     if message.thinking is not None:
         line["thinking"] = message.thinking
     if message.answer is not None:

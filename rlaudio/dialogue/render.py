@@ -33,7 +33,7 @@ def add_message(context: Context, message: Message, *, family: ModelFamily, clip
     if message.thinking is not None and context.keep_thinking:
         context.add_response(context.template.response(message.thinking, message.text))
         return ()
-    context.open(message.role)
+    context.open(message.role, title=message.title)
     counts = []
     for part in message.parts:
         if isinstance(part, AudioPart):

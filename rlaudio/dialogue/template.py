@@ -117,14 +117,14 @@ class Context:
         self._clips: list[ClipSpan] = []
         self._num_sounds = 0
 
-    def open(self, role: Role) -> None:
+    def open(self, role: Role, *, title: str | None = None) -> None:
         """Begin a message; a dialogue that does not begin with a system message gets the style's own first."""
         default = self.template.style.default_system
         if not self._ids and default and role != "system":
             self.open("system")
             self.add_text(default)
             self.close()
-        self._ids.extend(self.template.header(role))
+        self._ids.extend(self.template.header(role) if title is None else self.template.titled(title))
 
     def add_text(self, text: str) -> None:
         self._ids.extend(self.template.text(text))

@@ -1,7 +1,7 @@
 """Supervised training in phases, on the same learner group as RL: mid-training, cold start, and judges."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -28,16 +28,26 @@ _SMOOTHING = 0.98
 """Of the loss that `stop_at_loss` is compared with: about the last 50 steps."""
 
 
-async def run_sft(config: SftConfig, *, tracker: Tracker, progress: Progress, stopped: Path) -> None:
+async def run_sft(
+    config: SftConfig,
+    *,
+    tracker: Tracker,
+    progress: Progress,
+    stopped: Path,
+    rows: Mapping[str, pa.RecordBatch] | None = None,
+) -> None:
     """Run every phase in order and export the checkpoint to `run.output`.
+
+    Args:
+        rows: by the path of a phase's data, where they are made already.
 
     A cancelled run (Ctrl-C) exports what was trained so far to the new folder `stopped`: to start another run from, not
     to go on with.
     """
-    family = open_family(config.model)
-    rows = {
-        path: load_rows(path, family=family, clips=config.clips) for path in {phase.data for phase in config.phases}
-    }
+    batches = dict(rows or {})
+    if missing := {phase.data for phase in config.phases} - batches.keys():
+        family = open_family(config.model)
+        batches |= {path: load_rows(path, family=family, clips=config.clips) for path in missing}
     spec = TrainerSpec(model=config.model, clips_root=config.clips, learner=config.learner, seed=config.run.seed)
     learner = LearnerGroup(spec, env_vars=actor_environment())
     progress.stage("starting the learner")
@@ -49,7 +59,7 @@ async def run_sft(config: SftConfig, *, tracker: Tracker, progress: Progress, st
                 progress.stage(phase.name)
                 step = await _run_phase(
                     phase,
-                    rows[phase.data],
+                    batches[phase.data],
                     learner=learner,
                     tracker=tracker,
                     progress=progress,

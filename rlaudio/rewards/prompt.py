@@ -88,9 +88,11 @@ class JudgePrompt:
         self._template = ChatTemplate(tokenizer, style=style)
         self._max_section_tokens = max_section_tokens
         self._pieces = pieces
+        self.hears = pieces is not None
+        self.instructions = instructions
         self._verdicts = {word: value for value, word in enumerate(scale.words)}
         header = self._template.header("system")
-        self._instructions = [*header, *self._template.text(instructions), *self._template.closing]
+        self._opening = [*header, *self._template.text(instructions), *self._template.closing]
 
     def ids(self, comparison: Comparison, *, response_first: bool) -> IntArray:
         """[P] ids up to the judge's first sampled token. The response is A when `response_first`, else B."""
@@ -98,7 +100,7 @@ class JudgePrompt:
 
     def render(self, comparison: Comparison, *, response_first: bool) -> Prompt:
         """The same ids, with the places of the sounds that the judge hears."""
-        ids, clips = list(self._instructions), list[ClipSpan]()
+        ids, clips = list(self._opening), list[ClipSpan]()
         num_sounds = 0
         for said in comparison.history:
             if self._pieces is None or not any(isinstance(part, AudioPart) for part in said.parts):

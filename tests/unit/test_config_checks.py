@@ -25,6 +25,7 @@ from rlaudio.config import (
     SourceSettings,
 )
 from rlaudio.config_checks import CHOICES, RANGES, run_problems, sft_problems
+from rlaudio.config_judges import JudgeConfig, RewardModelConfig
 from rlaudio.config_loader import code_path, load_config
 from rlaudio.config_objects import object_problems, record_problems
 from rlaudio.doctor.rows import failures
@@ -93,7 +94,8 @@ def test_every_number_of_a_configuration_has_a_range_or_a_reason_to_have_none() 
     chosen = {(LearnerSettings, "zero_stage")}
     free = {(SourceSettings, "weight"), (ScheduleSettings, "start")}  # below 0 it is a penalty
     ranged = {(schema, name) for schema, ranges in RANGES.items() for name in ranges}
-    assert {*numbers(RunConfig), *numbers(SftConfig)} - ranged == judged_with_others | chosen | free
+    schemas = (RunConfig, SftConfig, JudgeConfig, RewardModelConfig)
+    assert {number for schema in schemas for number in numbers(schema)} - ranged == judged_with_others | chosen | free
 
 
 def test_ranges_and_choices_speak_of_settings_that_exist() -> None:
