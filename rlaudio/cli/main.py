@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rlaudio.cli.data import add_data_commands
 from rlaudio.cli import cluster, submit
+from rlaudio.cli.data import add_data_commands
 from rlaudio.errors import RlaudioError
 
 INTERRUPTED = 130
