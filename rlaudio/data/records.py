@@ -4,7 +4,8 @@ One object per line: `id`, `task`, `axis`?, `license`?, `sources`? `[reward sour
 not change]`, `messages[]`. A message is `role`, `content[]` of `{"audio": uri, "sha256", "sample_rate", "transcript"?,
 "voice"?, "language"?}` or `{"text": ...}`, and on user messages `answer`?, `choices`? `{letter: text}`, `constraints`?
 `[{kind, value, persists?}]`, `reference_response`?, `rubric`? `[{text, weight?, critical?}]`; on assistant messages
-`thinking`?; on any `title`?, see `types.Message`. Sound URIs are relative to the data root (the folder of the clip store).
+`thinking`?; on any `title`?, see `types.Message`. Sound URIs are relative to the data root (the folder of the clip
+store).
 """
 
 from __future__ import annotations
