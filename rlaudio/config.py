@@ -391,7 +391,9 @@ class PhaseSettings:
     """One phase of supervised training: what is trained on what, for how long."""
 
     name: str = MISSING
-    data: str = field(default=MISSING, metadata=PATH)  # JSONL of records with given assistant turns
+    data: str = field(default="", metadata=PATH)  # JSONL of records with given assistant turns
+    # Instead of `data`: several such files, for example sound and text. Weights are shares of the rows of every step.
+    mixture: list[MixtureSettings] = field(default_factory=list)
     steps: int = MISSING
     rows_per_step: int = 64
     lr: float = 1e-3

@@ -502,6 +502,8 @@ def _phase_problems(phases: Sequence[PhaseSettings]) -> Iterator[str]:
         yield "phases is empty, so nothing would be trained: name at least one phase with data and steps"
     yield from _name_problems([phase.name for phase in phases], key="phases", what="phase")
     for index, phase in enumerate(phases):
+        files = {"file": f"phases[{index}].data", "key": f"phases[{index}].mixture"}
+        yield from _mixture_problems(phase.data, phase.mixture, **files)
         if phase.lm_weight == 0 and phase.ctc_weight == 0:
             yield f"phases[{index}]: lm_weight and ctc_weight are both 0, nothing would be trained: raise one"
         elif phase.pseudo_audio and (phase.ctc_weight > 0 or phase.lm_weight == 0):

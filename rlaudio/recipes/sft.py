@@ -1,8 +1,10 @@
 """Supervised training in phases, on the same learner group as RL: mid-training, cold start, and judges."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import ray
 
 from rlaudio.audio.store import ClipStore
 from rlaudio.config import PhaseSettings, SftConfig
+from rlaudio.data.mixture import Interleaver
 from rlaudio.data.records import read_records
 from rlaudio.dialogue.render import supervised_turns
 from rlaudio.errors import DataError
@@ -35,9 +38,8 @@ async def run_sft(config: SftConfig, *, tracker: Tracker, progress: Progress, st
     to go on with.
     """
     family = open_family(config.model)
-    rows = {
-        path: load_rows(path, family=family, clips=config.clips) for path in {phase.data for phase in config.phases}
-    }
+    shares = [phase_shares(phase) for phase in config.phases]
+    rows = {path: load_rows(path, family=family, clips=config.clips) for path in sorted({p for s in shares for p in s})}
     spec = TrainerSpec(model=config.model, clips_root=config.clips, learner=config.learner, seed=config.run.seed)
     learner = LearnerGroup(spec, env_vars=actor_environment())
     progress.stage("starting the learner")
@@ -45,11 +47,11 @@ async def run_sft(config: SftConfig, *, tracker: Tracker, progress: Progress, st
         await learner.start()
         step = 0
         async with exported_if_cancelled(learner.export, stopped, say=progress.say):
-            for phase in config.phases:
+            for phase, parts in zip(config.phases, shares, strict=True):
                 progress.stage(phase.name)
                 step = await _run_phase(
                     phase,
-                    rows[phase.data],
+                    [(rows[path], weight) for path, weight in parts.items()],
                     learner=learner,
                     tracker=tracker,
                     progress=progress,
@@ -79,7 +81,7 @@ async def exported_if_cancelled(
 
 async def _run_phase(
     phase: PhaseSettings,
-    rows: pa.RecordBatch,
+    parts: Sequence[tuple[pa.RecordBatch, float]],
     *,
     learner: LearnerGroup,
     tracker: Tracker,
@@ -89,8 +91,8 @@ async def _run_phase(
 ) -> int:
     smoothed: float | None = None
     step = 0
-    for step, chosen in zip(range(phase.steps), draw_rows(rows, phase.rows_per_step, seed=seed), strict=False):
-        metrics = await learner.supervised_step([ray.put(rows.take(chosen))], phase)
+    for step, rows in zip(range(phase.steps), draw_mixture(parts, phase.rows_per_step, seed=seed), strict=False):
+        metrics = await learner.supervised_step([ray.put(rows)], phase)
         values = metrics.values
         smoothed = values["loss"] if smoothed is None else _SMOOTHING * smoothed + (1 - _SMOOTHING) * values["loss"]
         tracker.log({f"{phase.name}/{name}": value for name, value in values.items()}, step=first_step + step)
@@ -120,6 +122,37 @@ def draw_rows(rows: pa.RecordBatch, count: int, *, seed: int) -> Iterator[pa.Arr
             cuts = range(0, len(pool), count)
             for cut in random.permutation(list(cuts)):
                 yield pa.array(pool[cut : cut + count])
+
+
+def phase_shares(phase: PhaseSettings) -> dict[str, float]:
+    """File -> its share of the rows of every step."""
+    return {part.path: part.weight for part in phase.mixture} or {phase.data: 1.0}
+
+
+def draw_mixture(parts: Sequence[tuple[pa.RecordBatch, float]], count: int, *, seed: int) -> Iterator[pa.RecordBatch]:
+    """Endless batches of `count` rows, of each part its share: over n steps exact to within one row.
+
+    Equal weights on D_audio and D_text are equation 1 of arXiv:2511.15848: the sum of two expectations. Of one part it
+    is `draw_rows`.
+    """
+    if len(parts) == 1:
+        (rows, _), *_ = parts
+        yield from (rows.take(chosen) for chosen in draw_rows(rows, count, seed=seed))
+        return
+    turns = Interleaver([weight for _, weight in parts])
+    total = sum(weight for _, weight in parts)
+    streams = [
+        chain.from_iterable(draw_rows(rows, max(1, round(count * weight / total)), seed=seed + index))
+        for index, (rows, weight) in enumerate(parts)
+    ]
+    while True:
+        places = Counter(turns.next() for _ in range(count))
+        drawn = [
+            rows.take(pa.array([index.as_py() for index in islice(streams[part], places[part])]))
+            for part, (rows, _) in enumerate(parts)
+            if places[part]
+        ]
+        yield pa.concat_batches(drawn)
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------
