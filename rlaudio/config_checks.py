@@ -17,6 +17,7 @@ from typing import Any
 from rlaudio.algorithm_facts import ALGORITHMS
 from rlaudio.config import (
     AlgorithmSettings,
+    AugmentSettings,
     ClusterSettings,
     CriticSettings,
     DataSettings,
@@ -43,6 +44,7 @@ from rlaudio.config import (
     SyncSettings,
     TrapSettings,
 )
+from rlaudio.data.lines import KEEPS
 from rlaudio.evals.summary import RESERVED_SETS
 from rlaudio.rewards.scope import NEEDS
 
@@ -74,6 +76,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
     SftRunSettings: {"seed": ZERO},
     DataSettings: {"max_clip_s": Range(0, why="0 is an hour")},
     MixtureSettings: {"weight": ABOVE_ZERO},
+    AugmentSettings: {"share": Range(0, 1)},
     DialogueSettings: {"max_turns": ONE, "seconds_per_turn": ABOVE_ZERO},
     SamplingSettings: {
         "temperature": Range(0, above=True, why="greedy siblings are all alike, nothing can be learned"),
@@ -220,6 +223,7 @@ def run_problems(config: RunConfig) -> list[str]:
         *_source_problems(config.rewards),
         *_trap_problems(config),
         *_heldout_problems(config.data.heldout),
+        *_augment_problems(config.data.augment),
         *_mixture_problems(config.data.train, config.data.mixture, file="data.train", key="data.mixture"),
     ]
 
@@ -385,6 +389,32 @@ def _mixture_problems(path: str, mixture: Sequence[MixtureSettings], *, file: st
     if mixture and all(part.weight > 0 for part in mixture) and abs(total - 1) > MIXTURE_TOLERANCE:
         shares = ", ".join(f"{part.weight / total:.6g}" for part in mixture)
         yield f"the weights of {key} sum to {total:g}: they are shares and must sum to 1, as {shares} would"
+
+
+_AMOUNTS = {
+    "speed": Range(0.5, 2),
+    "reverberation_s": Range(0.02, 3),
+    "noise_snr_db": Range(-20, 80),
+    "telephone_bits": Range(2, 16),
+}
+
+
+def _augment_problems(settings: AugmentSettings) -> Iterator[str]:
+    for name, allowed in _AMOUNTS.items():
+        pair = getattr(settings, name)
+        if pair and (len(pair) != 2 or pair[0] > pair[1] or not all(amount in allowed for amount in pair)):
+            yield f"data.augment.{name} is {pair}: set the least and the greatest, each {allowed}, or leave it out"
+    used = any(getattr(settings, name) for name in _AMOUNTS)
+    if used != (settings.share > 0):
+        missing = "set a share above 0" if used else f"set the range of {', '.join(_AMOUNTS)}"
+        yield f"data.augment.share is {settings.share:g} and would change nothing: {missing}, or leave data.augment out"
+    for task, names in settings.keep.items():
+        for name in names:
+            if name not in KEEPS:
+                match = difflib.get_close_matches(name, KEEPS, n=1)
+                yield f"data.augment.keep.{task} names {name!r}: " + (
+                    f"did you mean {match[0]}?" if match else f"set {_listed(KEEPS)}"
+                )
 
 
 def _heldout_problems(heldout: Mapping[str, str]) -> Iterator[str]:
