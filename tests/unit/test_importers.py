@@ -124,10 +124,10 @@ def test_spokenwoz_cuts_each_turn_from_its_speakers_channel(copy: Copy) -> None:
     )
     agent = tone(900, duration_s=3, rate_hz=rate_hz)
     (copy.src / "audio_5700_train_dev").mkdir()
-    soundfile.write(copy.src / "audio_5700_train_dev/MUL1.wav", np.stack([user, agent[: len(user)]], 1), rate_hz)
+    soundfile.write(copy.src / "audio_5700_train_dev/MUL1.wav", np.stack([agent[: len(user)], user], 1), rate_hz)
 
     def turn(tag: str, text: str, begin: int, end: int) -> dict[str, Any]:
-        words = [{"Word": text, "BeginTime": begin, "EndTime": end, "ChannelId": int(tag == "system")}]
+        words = [{"Word": text, "BeginTime": begin, "EndTime": end, "ChannelId": int(tag == "user")}]
         return {"tag": tag, "text": text, "words": words}
 
     log = [
