@@ -43,6 +43,23 @@ class MixtureSettings:
 
 
 @dataclass
+class AugmentSettings:
+    """What is done to users' sounds in training, never in evaluation; see `rlaudio/audio/augment.py`.
+
+    Of each operation the least and the greatest amount; an empty list leaves it out.
+    """
+
+    share: float = 0.0  # of the sounds that an operation is applied to, each operation by itself; 0: none
+    speed: list[float] = field(default_factory=list)  # factors, for example [0.9, 1.1]; changes the pitch as well
+    reverberation_s: list[float] = field(default_factory=list)  # seconds to fall by 60 dB, for example [0.1, 0.6]
+    noise_snr_db: list[float] = field(default_factory=list)  # dB of the voice over pink noise, for example [5, 25]
+    telephone_bits: list[float] = field(default_factory=list)  # of mu-law at 8 kHz, for example [8, 8]
+    # Task -> what its answers depend on: rate, pitch, timbre, loudness, noise. Operations that change it are left out,
+    #   as for the `keep` of a record
+    keep: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
 class DataSettings:
     """What a run reads. `rlaudio data check CONFIG` lists everything that is wrong with it."""
 
@@ -56,6 +73,7 @@ class DataSettings:
     #   trained on is always refused.
     same_words: str = "warn"
     verify: str = "headers"  # before a run: of every sound the header, or all of its "sounds" (hash and samples)
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
 
 
 @dataclass
@@ -425,7 +443,9 @@ class PhaseSettings:
     """One phase of supervised training: what is trained on what, for how long."""
 
     name: str = MISSING
-    data: str = field(default=MISSING, metadata=PATH)  # JSONL of records with given assistant turns
+    data: str = field(default="", metadata=PATH)  # JSONL of records with given assistant turns
+    # Instead of `data`: several such files, for example sound and text. Weights are shares of the rows of every step.
+    mixture: list[MixtureSettings] = field(default_factory=list)
     steps: int = MISSING
     rows_per_step: int = 64
     lr: float = 1e-3

@@ -18,6 +18,7 @@ from rlaudio.algorithm_facts import ALGORITHMS
 from rlaudio.config import (
     AlgorithmSettings,
     AutoscaleSettings,
+    AugmentSettings,
     ClusterSettings,
     CriticSettings,
     DataSettings,
@@ -53,6 +54,7 @@ from rlaudio.config_judges import (
     JudgeRunSettings,
     RewardModelConfig,
 )
+from rlaudio.data.lines import KEEPS
 from rlaudio.evals.summary import RESERVED_SETS
 from rlaudio.rewards.levels import MAX_LEVELS
 from rlaudio.rewards.scope import NEEDS
@@ -106,6 +108,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
     },
     AgreementSettings: {"steps": Range(0, why="0 leaves it out"), "exact_weight": FACTOR},
     RewardModelConfig: {"heldout_share": Range(0, 0.9, above=True)},
+    AugmentSettings: {"share": Range(0, 1)},
     DialogueSettings: {"max_turns": ONE, "seconds_per_turn": ABOVE_ZERO},
     SamplingSettings: {
         "temperature": Range(0, above=True, why="greedy siblings are all alike, nothing can be learned"),
@@ -265,6 +268,7 @@ def run_problems(config: RunConfig) -> list[str]:
         *_source_problems(config.rewards),
         *_trap_problems(config),
         *_heldout_problems(config.data.heldout),
+        *_augment_problems(config.data.augment),
         *_mixture_problems(config.data.train, config.data.mixture, file="data.train", key="data.mixture"),
     ]
 
@@ -459,6 +463,32 @@ def _mixture_problems(path: str, mixture: Sequence[MixtureSettings], *, file: st
         yield f"the weights of {key} sum to {total:g}: they are shares and must sum to 1, as {shares} would"
 
 
+_AMOUNTS = {
+    "speed": Range(0.5, 2),
+    "reverberation_s": Range(0.02, 3),
+    "noise_snr_db": Range(-20, 80),
+    "telephone_bits": Range(2, 16),
+}
+
+
+def _augment_problems(settings: AugmentSettings) -> Iterator[str]:
+    for name, allowed in _AMOUNTS.items():
+        pair = getattr(settings, name)
+        if pair and (len(pair) != 2 or pair[0] > pair[1] or not all(amount in allowed for amount in pair)):
+            yield f"data.augment.{name} is {pair}: set the least and the greatest, each {allowed}, or leave it out"
+    used = any(getattr(settings, name) for name in _AMOUNTS)
+    if used != (settings.share > 0):
+        missing = "set a share above 0" if used else f"set the range of {', '.join(_AMOUNTS)}"
+        yield f"data.augment.share is {settings.share:g} and would change nothing: {missing}, or leave data.augment out"
+    for task, names in settings.keep.items():
+        for name in names:
+            if name not in KEEPS:
+                match = difflib.get_close_matches(name, KEEPS, n=1)
+                yield f"data.augment.keep.{task} names {name!r}: " + (
+                    f"did you mean {match[0]}?" if match else f"set {_listed(KEEPS)}"
+                )
+
+
 def _heldout_problems(heldout: Mapping[str, str]) -> Iterator[str]:
     for name in heldout:
         if name in RESERVED_SETS:
@@ -574,6 +604,8 @@ def phase_problems(phases: Sequence[PhaseSettings]) -> Iterator[str]:
         yield "phases is empty, so nothing would be trained: name at least one phase with data and steps"
     yield from name_problems([phase.name for phase in phases], key="phases", what="phase")
     for index, phase in enumerate(phases):
+        files = {"file": f"phases[{index}].data", "key": f"phases[{index}].mixture"}
+        yield from _mixture_problems(phase.data, phase.mixture, **files)
         if phase.lm_weight == 0 and phase.ctc_weight == 0:
             yield f"phases[{index}]: lm_weight and ctc_weight are both 0, nothing would be trained: raise one"
         elif phase.pseudo_audio and (phase.ctc_weight > 0 or phase.lm_weight == 0):

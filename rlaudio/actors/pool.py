@@ -130,7 +130,7 @@ class RolloutPool:
         """
         settings, algorithm = self._config.sampling, self._config.algorithm
         seed = f"{self._purpose}/train/{group}"
-        order = PlayOrder(group, algorithm.group_size, settings.temperature, seed, ship_states=True)
+        order = PlayOrder(group, algorithm.group_size, settings.temperature, seed, ship_states=True, augment=True)
         return await self._play(record, order)
 
     async def play_greedy(self, record: PromptRecord, *, index: int, purpose: str, silence: bool) -> PlayedGroup:

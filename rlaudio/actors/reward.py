@@ -1,5 +1,6 @@
 """The reward actor: every configured source, and the judge model they share. Dialogues in, learnable experience out."""
 
+import asyncio
 import math
 import time
 from collections import Counter
@@ -14,7 +15,9 @@ from rlaudio.actors.group_stats import correct_turns, group_stats
 from rlaudio.actors.judge_services import start_services
 from rlaudio.actors.serving import ping_engine
 from rlaudio.aio import all_or_first_error
+from rlaudio.audio.store import ClipStore
 from rlaudio.config import RunConfig, SourceSettings
+from rlaudio.data.augmentation import Augmenter
 from rlaudio.dialogue.users import played_turns, user_message
 from rlaudio.engines.base import Engine
 from rlaudio.errors import ConfigError, JudgeError, VerdictTimeoutError
@@ -69,6 +72,7 @@ class RewardWorker:
         self._sources: list[_Source] = []
         self._counts: dict[str, float] = {}
         self._engines: list[Engine] = []
+        self._augmenter = Augmenter(config.data.augment, ClipStore(config.data.clips), seed=config.run.seed)
 
     async def start(self) -> None:
         services = await start_services(self._config, on_gpu=self._on_gpu)
@@ -97,6 +101,8 @@ class RewardWorker:
             VerdictTimeoutError: the same, because a source gave nothing in time.
         """
         started = time.monotonic()
+        if self._augmenter.active:  # a judge that hears must hear what the policy heard
+            record = await asyncio.to_thread(self._augmenter.apply, record)
         dialogues = read_dialogues(batch)
         measured = {judge.name for judge, settings in self._sources if settings.is_measured}
         judgments, failures, late = await self._score(record, dialogues, excused=measured)

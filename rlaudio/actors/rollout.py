@@ -1,5 +1,6 @@
 """The rollout actor: one engine, one encoder, one player. Groups of dialogues out as Arrow, weights in meanwhile."""
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -9,6 +10,7 @@ from rlaudio.actors.serving import ping_engine, policy_sampling, start_engine
 from rlaudio.audio.encoded import EncodeOnce, GroupEars
 from rlaudio.audio.store import ClipStore
 from rlaudio.config import RunConfig
+from rlaudio.data.augmentation import Augmenter
 from rlaudio.dialogue.player import DialoguePlayer, PlaySpec
 from rlaudio.dialogue.users import User
 from rlaudio.engines.base import Engine
@@ -35,6 +37,7 @@ class PlayOrder:
         seed: names run, purpose and attempt.
         silence: control: the policy hears silence.
         ship_states: return the clips' encoder states for the learner; an evaluation has no use for them.
+        augment: users' sounds are changed as `data.augment` says; never in an evaluation.
     """
 
     group: int
@@ -42,6 +45,7 @@ class PlayOrder:
     temperature: float
     seed: str
     silence: bool = False
+    augment: bool = False
     ship_states: bool = False
 
 
@@ -118,10 +122,12 @@ class RolloutWorker:
         )
         self._receiver = WeightReceiver(self._engine, keeps_base=config.sync.delta)
         user: User = load_object(config.dialogue.user)()
+        clips = ClipStore(config.data.clips)
+        self._augmenter = Augmenter(config.data.augment, clips, seed=config.run.seed)
         self._player = DialoguePlayer(
             engine=self._engine,
             family=self._family,
-            clips=ClipStore(config.data.clips),
+            clips=clips,
             user=user,
             settings=config.dialogue,
             max_model_len=config.rollout.engine.max_model_len,
@@ -134,6 +140,8 @@ class RolloutWorker:
             RolloutError, EngineError: see `DialoguePlayer.play_group`.
         """
         assert self._player is not None, "start() comes first"
+        if order.augment and self._augmenter.active:
+            record = await asyncio.to_thread(self._augmenter.apply, record)
         sampling = policy_sampling(
             self._family.tokenizer.ids,
             max_new_tokens=self._config.sampling.max_new_tokens,

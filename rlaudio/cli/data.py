@@ -1,4 +1,4 @@
-"""`rlaudio data check PATH...`: everything about data sets that has no training in it. Heavy imports deferred."""
+"""`rlaudio data check|import|speak`: everything about data sets that has no training in it. Heavy imports deferred."""
 
 from __future__ import annotations
 
@@ -29,9 +29,38 @@ def add_data_commands(commands: _SubParsersAction[Any]) -> None:
     check.add_argument("--no-cache", action="store_true", help="look at sounds again that were right before")
     check.add_argument("--json", action="store_true", help="one JSON object on stdout")
     check.set_defaults(run=_check)
+    bring = verbs.add_parser("import", help="make records and clips of a local copy of a public set")
+    bring.add_argument("--from", dest="layout", required=True, metavar="LAYOUT", help="a name, or package.module:Class")
+    bring.add_argument("paths", nargs=2, metavar=("SRC", "OUT"), help="the copy, and the new data root")
+    bring.add_argument("--license", metavar="NAME", help="of the copy, in place of the one that is known of the set")
+    bring.set_defaults(run=_import)
+    speak = verbs.add_parser("speak", help="let voices say the users' texts of records")
+    speak.add_argument("paths", nargs=2, metavar=("TEXTS", "OUT"), help="JSONL of records, and the new data root")
+    speak.add_argument(
+        "--voice",
+        action="append",
+        required=True,
+        metavar="CLASS [{OPTIONS}]",
+        help="package.module:Class of a rlaudio.audio.voice:Voice, and its options as YAML; of several one a record",
+    )
+    speak.add_argument("--language", metavar="TAG", help='what is spoken, for example "en"')
+    speak.add_argument("--seed", type=int, default=0, help="decides which voice speaks which record")
+    speak.set_defaults(run=_speak)
 
 
 def _check(arguments: argparse.Namespace) -> int:
     from rlaudio.cli.data_check import check_command
 
     return check_command(arguments)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from rlaudio.cli.data_make import import_command
+
+    return import_command(arguments)
+
+
+def _speak(arguments: argparse.Namespace) -> int:
+    from rlaudio.cli.data_make import speak_command
+
+    return speak_command(arguments)

@@ -68,7 +68,7 @@ def look_at(
         progressed(len(peaks) + len(bad), len(names))
     if cache is not None and new:
         fresh = {name: (*stamp, peaks[name]) for name, stamp in stamps.items() if stamp and name in peaks}
-        _write(cache, known | fresh)
+        _write(cache, {**known, **fresh})
     for name, peak in peaks.items():
         if peak < SILENT_PEAK:
             bad[name] = (

@@ -106,8 +106,10 @@ class _Fields:
 
     def optional_text(self, name: str, *, allow_empty: bool = False) -> str | None:
         value = self.get(name)
-        if value is None or (allow_empty and value == ""):
-            return cast("str | None", value)
+        if value is None:
+            return None
+        if allow_empty and value == "":
+            return ""
         return self.text(name)
 
     def items(self, name: str, *, optional: bool = False, or_empty: bool = False) -> list[object]:

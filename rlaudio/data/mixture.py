@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
+
 from rlaudio.data.source import PromptSource
 from rlaudio.errors import DataError
 from rlaudio.types import PromptRecord
@@ -87,37 +89,58 @@ class MixtureSource(PromptSource):
 
     def _start(self, seed: int) -> None:
         self._turns = Interleaver([part.weight for part in self._mixed])
-        self._sources = [PromptSource(part.records, seed=_part_seed(seed, part.name)) for part in self._mixed]
+        self._orders = [_Epochs(len(part.records), seed=_part_seed(seed, part.name)) for part in self._mixed]
 
     def state(self) -> dict[str, Any]:
         """As of a `PromptSource`, with where each part stands: a few numbers per part, however many records."""
         parts = {
-            part.name: {"weight": part.weight, "count": count, "stands": source.state()}
-            for part, count, source in zip(self._mixed, self._turns.counts, self._sources, strict=True)
+            part.name: {
+                "weight": part.weight,
+                "num": len(part.records),
+                "count": count,
+                "epoch": order.epoch,
+                "position": order.position,
+            }
+            for part, count, order in zip(self._mixed, self._turns.counts, self._orders, strict=True)
         }
         return super().state() | {"mixture": parts}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `PromptSource.restore`. Raises DataError also where parts or weights differ; all stays as it was then."""
         was = state.get("mixture")
-        now = {part.name: part.weight for part in self._mixed}
-        if not isinstance(was, dict) or {name: part["weight"] for name, part in was.items()} != now:
+        now = {part.name: (part.weight, len(part.records)) for part in self._mixed}
+        if not isinstance(was, dict) or {name: (one["weight"], one["num"]) for name, one in was.items()} != now:
             raise DataError(
-                f"the mixture changed since this state was taken (it is now {now}); resume with the same parts and "
-                "weights, or start a new run"
+                f"the mixture changed since this state was taken (name: weight and records are now {now}); resume with "
+                "the same parts and weights, or start a new run"
             )
-        sources = [PromptSource(part.records, seed=0) for part in self._mixed]
-        for part, source in zip(self._mixed, sources, strict=True):
-            source.restore(was[part.name]["stands"])
         super().restore(state)
-        self._sources = sources
-        self._turns.counts = [int(was[part.name]["count"]) for part in self._mixed]
+        self._start(int(state["seed"]))
+        for index, part in enumerate(self._mixed):
+            self._turns.counts[index] = int(was[part.name]["count"])
+            self._orders[index].go_to(epoch=int(was[part.name]["epoch"]), position=int(was[part.name]["position"]))
 
     def _draw(self) -> PromptRecord:
-        source = self._sources[self._turns.next()]
-        record = source.next()
-        source.done(source.num_issued - 1)  # what is open is written down once, for the mixture as a whole
-        return record
+        part = self._turns.next()
+        return self._mixed[part].records[self._orders[part].next()]
+
+
+class _Epochs:
+    """The numbers below `num` again and again, each once per epoch, in an order that (seed, epoch) decide."""
+
+    def __init__(self, num: int, *, seed: int) -> None:
+        self._num, self._seed = num, seed
+        self.go_to(epoch=0, position=0)
+
+    def go_to(self, *, epoch: int, position: int) -> None:
+        self.epoch, self.position = epoch, position
+        self._order: list[int] = np.random.default_rng([self._seed, epoch]).permutation(self._num).tolist()
+
+    def next(self) -> int:
+        if self.position == self._num:
+            self.go_to(epoch=self.epoch + 1, position=0)
+        self.position += 1
+        return self._order[self.position - 1]
 
 
 def _part_seed(seed: int, name: str) -> int:

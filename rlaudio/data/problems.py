@@ -39,10 +39,10 @@ class Problem:
         return f"{place}: {named}{self.what}{link}{self.fix}"
 
 
-def explained(error: Exception) -> tuple[str, str]:
+def explained(error: str) -> tuple[str, str]:
     """What an error found and what to do, apart: rlaudio's errors end in their next step, after a semicolon."""
-    found, separator, fix = str(error).rpartition("; ")
-    return (found, fix) if separator else (str(error), "look at what made the file")
+    found, separator, fix = error.rpartition("; ")
+    return (found, fix) if separator else (error, "look at what made the file")
 
 
 def raise_fatal(problems: Iterable[Problem], *, name: str) -> None:

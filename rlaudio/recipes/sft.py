@@ -1,8 +1,10 @@
 """Supervised training in phases, on the same learner group as RL: mid-training, cold start, and judges."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import ray
 
 from rlaudio.audio.store import ClipStore
 from rlaudio.config import PhaseSettings, SftConfig
+from rlaudio.data.mixture import Interleaver
 from rlaudio.data.records import read_records
 from rlaudio.dialogue.render import supervised_turns
 from rlaudio.errors import DataError
@@ -44,8 +47,9 @@ async def run_sft(
     A cancelled run (Ctrl-C) exports what was trained so far to the new folder `stopped`: to start another run from, not
     to go on with.
     """
+    shares = [phase_shares(phase) for phase in config.phases]
     batches = dict(rows or {})
-    if missing := {phase.data for phase in config.phases} - batches.keys():
+    if missing := sorted({path for share in shares for path in share} - batches.keys()):
         family = open_family(config.model)
         batches |= {path: load_rows(path, family=family, clips=config.clips) for path in missing}
     spec = TrainerSpec(model=config.model, clips_root=config.clips, learner=config.learner, seed=config.run.seed)
@@ -55,11 +59,11 @@ async def run_sft(
         await learner.start()
         step = 0
         async with exported_if_cancelled(learner.export, stopped, say=progress.say):
-            for phase in config.phases:
+            for phase, parts in zip(config.phases, shares, strict=True):
                 progress.stage(phase.name)
                 step = await _run_phase(
                     phase,
-                    batches[phase.data],
+                    [(batches[path], weight) for path, weight in parts.items()],
                     learner=learner,
                     tracker=tracker,
                     progress=progress,
@@ -89,7 +93,7 @@ async def exported_if_cancelled(
 
 async def _run_phase(
     phase: PhaseSettings,
-    rows: pa.RecordBatch,
+    parts: Sequence[tuple[pa.RecordBatch, float]],
     *,
     learner: LearnerGroup,
     tracker: Tracker,
@@ -99,8 +103,8 @@ async def _run_phase(
 ) -> int:
     smoothed: float | None = None
     step = 0
-    for step, chosen in zip(range(phase.steps), draw_rows(rows, phase.rows_per_step, seed=seed), strict=False):
-        metrics = await learner.supervised_step([ray.put(rows.take(chosen))], phase)
+    for step, rows in zip(range(phase.steps), draw_mixture(parts, phase.rows_per_step, seed=seed), strict=False):
+        metrics = await learner.supervised_step([ray.put(rows)], phase)
         values = metrics.values
         smoothed = values["loss"] if smoothed is None else _SMOOTHING * smoothed + (1 - _SMOOTHING) * values["loss"]
         tracker.log({f"{phase.name}/{name}": value for name, value in values.items()}, step=first_step + step)
@@ -130,6 +134,37 @@ def draw_rows(rows: pa.RecordBatch, count: int, *, seed: int) -> Iterator[pa.Arr
             cuts = range(0, len(pool), count)
             for cut in random.permutation(list(cuts)):
                 yield pa.array(pool[cut : cut + count])
+
+
+def phase_shares(phase: PhaseSettings) -> dict[str, float]:
+    """File -> its share of the rows of every step."""
+    return {part.path: part.weight for part in phase.mixture} or {phase.data: 1.0}
+
+
+def draw_mixture(parts: Sequence[tuple[pa.RecordBatch, float]], count: int, *, seed: int) -> Iterator[pa.RecordBatch]:
+    """Endless batches of `count` rows, of each part its share: over n steps exact to within one row.
+
+    Equal weights on D_audio and D_text are equation 1 of arXiv:2511.15848: the sum of two expectations. Of one part it
+    is `draw_rows`.
+    """
+    if len(parts) == 1:
+        (rows, _), *_ = parts
+        yield from (rows.take(chosen) for chosen in draw_rows(rows, count, seed=seed))
+        return
+    turns = Interleaver([weight for _, weight in parts])
+    total = sum(weight for _, weight in parts)
+    streams = [
+        chain.from_iterable(draw_rows(rows, max(1, round(count * weight / total)), seed=seed + index))
+        for index, (rows, weight) in enumerate(parts)
+    ]
+    while True:
+        places = Counter(turns.next() for _ in range(count))
+        drawn = [
+            rows.take(pa.array([index.as_py() for index in islice(streams[part], places[part])]))
+            for part, (rows, _) in enumerate(parts)
+            if places[part]
+        ]
+        yield pa.concat_batches(drawn)
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------

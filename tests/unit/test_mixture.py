@@ -1,17 +1,21 @@
 """Mixtures: exact shares at every moment, no repetition within a part's epoch, resumed at exactly the same prompt."""
 
 import json
+import re
 from collections import Counter
+from itertools import islice
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaudio.config import DataSettings, MixtureSettings, RunConfig
-from rlaudio.config_checks import run_problems
+from rlaudio.config import DataSettings, MixtureSettings, PhaseSettings, RunConfig, SftConfig
+from rlaudio.config_checks import run_problems, sft_problems
 from rlaudio.data.mixture import Interleaver, MixturePart, MixtureSource
 from rlaudio.data.run_data import RunData, prompt_source
 from rlaudio.errors import DataError
+from rlaudio.recipes.sft import draw_mixture, draw_rows
 from rlaudio.types import Message, PromptRecord, TextPart
 
 WEIGHTS = st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=6)
@@ -141,8 +145,6 @@ def part(path: str, weight: float, name: str = "") -> MixtureSettings:
     ],
 )  # fmt: skip
 def test_a_mixture_that_cannot_be_meant_is_refused_with_the_settings(data: DataSettings, said: str) -> None:
-    import re
-
     told = [problem for problem in run_problems(RunConfig(data=data)) if "data." in problem]
     assert len(told) == 1 and re.search(said, told[0])
 
@@ -150,3 +152,45 @@ def test_a_mixture_that_cannot_be_meant_is_refused_with_the_settings(data: DataS
 def test_thirds_may_be_written_with_six_digits() -> None:
     data = DataSettings("", [part(name, 0.333333) for name in "abc"], "c")
     assert not [problem for problem in run_problems(RunConfig(data=data)) if "data." in problem]
+
+
+# ---- supervised rows ----------------------------------------------------------------------------------------------
+
+
+def rows(name: str, num: int) -> pa.RecordBatch:
+    lengths = [[0] * (1 + index % 5) for index in range(num)]
+    named = [f"{name}{index}" for index in range(num)]
+    return pa.RecordBatch.from_pydict({"prompt_id": named, "prompt_ids": lengths, "response_ids": lengths})
+
+
+def test_every_step_of_a_supervised_mixture_has_both_kinds_by_weight_and_no_row_twice_in_its_epoch() -> None:
+    parts = [(rows("a", 12), 0.7), (rows("t", 40), 0.3)]
+    steps = list(islice(draw_mixture(parts, 8, seed=1), 30))
+    counts = Counter({"a": 0, "t": 0})
+    for step, batch in enumerate(steps, start=1):
+        names = batch.column("prompt_id").to_pylist()
+        assert len(names) == 8
+        counts.update(name[0] for name in names)
+        assert abs(counts["a"] - 0.7 * 8 * step) < 1
+    drawn = [name for batch in steps for name in batch.column("prompt_id").to_pylist()]
+    for kind, size in (("a", 12), ("t", 40)):
+        own = [name for name in drawn if name[0] == kind]
+        assert all(len(set(own[start : start + size])) == size for start in range(0, len(own) - size + 1, size))
+    assert steps == list(islice(draw_mixture(parts, 8, seed=1), 30)) != list(islice(draw_mixture(parts, 8, seed=2), 30))
+
+
+def test_one_file_is_drawn_as_ever() -> None:
+    alone = rows("a", 12)
+    drawn = islice(draw_mixture([(alone, 1.0)], 5, seed=4), 9)
+    assert list(drawn) == [alone.take(chosen) for chosen in islice(draw_rows(alone, 5, seed=4), 9)]
+
+
+def test_a_phase_has_one_file_or_a_mixture_whose_weights_sum() -> None:
+    both = PhaseSettings(name="a", data="d", mixture=[part("x", 1.0)], steps=1)
+    short = PhaseSettings(name="b", mixture=[part("x", 0.5), part("y", 0.4)], steps=1)
+    good = PhaseSettings(name="c", mixture=[part("x", 0.5), part("y", 0.5)], steps=1)
+    told = [one for one in sft_problems(SftConfig(phases=[both, short, good])) if "mixture" in one]
+    assert [one.split(":")[0] for one in told] == [
+        "phases[0].data and phases[0].mixture are both set",
+        "the weights of phases[1].mixture sum to 0.9",
+    ]
