@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from rlaudio.errors import WeightSyncError
 from rlaudio.types import WeightVersion
 from rlaudio.weights.base import SyncStep
 from rlaudio.weights.delta import Delta, delta_of
+from rlaudio.weights.groups import in_daemon
 from rlaudio.weights.membership import Outcome, SenderStep, WeightSender
 from rlaudio.weights.receiver import WeightReceiver
 from rlaudio.weights.shares import Manifest, Piece, Share, even_runs
@@ -94,6 +96,38 @@ class FakeRank:
 
     def weights(self, step: SenderStep) -> Any:
         return step.run(self._sender)
+
+
+class LocalRanks:
+    """The `Senders` of a collective transport, in threads of this process; rank `mute` answers nothing.
+
+    Args:
+        refer: makes an object reference; `ray.put` where a receiver is in another process.
+    """
+
+    def __init__(self, num_ranks: int, *, dtype: str = "bfloat16", refer: Callable[[Any], Any] | None = None) -> None:
+        self.num_ranks = num_ranks
+        self.ranks = [FakeRank(rank, num_ranks, dtype) for rank in range(num_ranks)]
+        self._refer = refer or Arrived
+        self.sent: list[SenderStep] = []
+        self.mute: int | None = None
+
+    def publish(self, tensors: dict[str, np.ndarray], version: WeightVersion) -> Sent:
+        shares = []
+        for rank in self.ranks:
+            header, manifest, share, delta = rank.step(tensors, version)
+            shares.append(SentShare(header, share, delta, self._refer(manifest)))
+        return Sent(version, shares)
+
+    async def ask_sender(self, rank: int, step: SenderStep, *, deadline_s: float) -> Any:
+        self.sent.append(step)
+        if rank == self.mute:
+            await asyncio.sleep(deadline_s)
+            raise WeightSyncError(f"learner rank {rank} did not {step.method} within {deadline_s:g} s")
+        try:
+            return await asyncio.wait_for(in_daemon(partial(self.ranks[rank].weights, step)), deadline_s)
+        except TimeoutError as error:
+            raise WeightSyncError(f"learner rank {rank} did not {step.method} within {deadline_s:g} s") from error
 
 
 class FakeRanks:
@@ -189,6 +223,17 @@ class ReceivingActor:
                 self.cancelled = True
                 raise
         return await step.run(self.receiver)
+
+
+async def gone(pid: int, *, deadline_s: float = 60.0) -> None:
+    """Return when there is no such process any more: its parent notices a moment after those it talked to."""
+    async with asyncio.timeout(deadline_s):
+        while True:
+            try:
+                os.kill(pid, signal.SIG_DFL)
+            except ProcessLookupError:
+                return
+            await asyncio.sleep(0.05)
 
 
 class Arrived:

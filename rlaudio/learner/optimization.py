@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -83,11 +84,13 @@ def build_engine(module: nn.Module, *, settings: LearnerSettings, dtype: str, wi
             offload_optimizer=settings.offload_optimizer == "cpu",
             offload_parameters=settings.offload_parameters == "cpu",
         ),
+        **_float32_sums(dtype),
         "zero_allow_untested_optimizer": True,
         # DeepSpeed's own CPU Adam is compiled at first use; torch's steps the same numbers, slower.
         "zero_force_ds_cpu_optimizer": False,
     }
-    return _initialised(module, config, optimizer=optimizer)
+    with _one_optimizer_of_stages_1_and_2():
+        return _initialised(module, config, optimizer=optimizer)
 
 
 def build_frozen(module: nn.Module, *, dtype: str, width: int, offload: bool) -> DeepSpeedEngine:
@@ -130,6 +133,39 @@ def _base_config(dtype: str) -> dict[str, object]:
         "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": None,
     }
+
+
+def _float32_sums(dtype: str) -> dict[str, object]:
+    """Gradients are added up in float32, over micro-batches and over ranks.
+
+    By itself DeepSpeed 0.19 adds in the dtype of the parameters: to a bfloat16 sum, what is smaller than a 256th of it
+    adds nothing, and the more micro-batches there are, the less each of them counts.
+    """
+    if dtype == "float32":
+        return {}
+    return {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+
+
+@contextmanager
+def _one_optimizer_of_stages_1_and_2() -> Iterator[None]:
+    """DeepSpeed 0.19 takes another optimizer at stage 1 where bfloat16 gradients are added up in float32.
+
+    It keeps gradients and checkpoints in ways of its own and cannot offload. The one it takes at stage 2, and at stage
+    1 with offloading, adds up in float32 as well.
+    """
+    from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION, DeepSpeedEngine
+
+    choose = DeepSpeedEngine._do_optimizer_sanity_check
+
+    def chosen(engine: DeepSpeedEngine, optimizer: object) -> object:
+        found = choose(engine, optimizer)
+        return ZERO_OPTIMIZATION if found == BFLOAT16 else found
+
+    DeepSpeedEngine._do_optimizer_sanity_check = chosen
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = choose
 
 
 def _initialised(

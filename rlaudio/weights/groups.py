@@ -82,15 +82,17 @@ class WeightGroup:
 
     def leave(self) -> None:
         """Let go of the group, in the background: gloo waits for what is under way before it does."""
-        group, self._group = self._group, None
-        if group is not None:
-            threading.Thread(target=_end, args=(group,), name="rlaudio-leave", daemon=True).start()
+        # Whoever drops the last reference waits. A thread may be through before its starter goes on, so the starter,
+        # which may be an actor's event loop, must hold none: it passes the list that holds the only one.
+        held, self._group = [self._group], None
+        if held[0] is not None:
+            threading.Thread(target=_end, args=(held,), name="rlaudio-leave", daemon=True).start()
 
 
-def _end(group: Any) -> None:
+def _end(held: list[Any]) -> None:
     # NCCL ends what is under way; gloo 2.13 only marks the group, and its destructor waits for the calls' time-outs.
-    group.abort()
-    del group
+    held[0].abort()
+    held.clear()
 
 
 def open_store(host: str) -> tuple[Any, Address]:

@@ -71,7 +71,7 @@ def ranks(learner_world: "World", ray_session: None) -> "Iterator[LearnerGroup]"
     from rlaudio.learner.group import LearnerGroup
     from tests.ray_local.zero_world import COLLECTIVE, NO_REFERENCE
 
-    spec = dataclasses.replace(learner_world.spec(ranks=2, step_deadline_s=60.0), sync=COLLECTIVE)
+    spec = dataclasses.replace(learner_world.spec(ranks=2, step_deadline_s=180.0), sync=COLLECTIVE)
     group = LearnerGroup(spec, algorithm=NO_REFERENCE)
     try:
         asyncio.run(group.start())

@@ -1,10 +1,12 @@
 """What the engine tests share: tiny random policies, clips of noise, requests about them, and what must come back."""
 
 import asyncio
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from rlaudio.types import AudioClip, ClipSpan, WeightVersion
 from rlaudio.weights.snapshot import Snapshot, WireDtype
 
 WORDS = [f"w{i}" for i in range(50)]
-MAX_LEN = 256
+MAX_LEN = 512
 MAX_NUM_SEQS = 32
 OLD, NEW = WeightVersion(1, 4), WeightVersion(1, 5)
 BOUND_NATS = 1e-4
@@ -96,13 +98,13 @@ class World:
 
     def update(self, *, version: WeightVersion = NEW, wire_dtype: WireDtype = "float32") -> WeightUpdate:
         """These weights as the learner publishes them: the frozen ones stay at home."""
-        module = self.family.load_module(dtype=torch.float32)
+        module = module_of(self.family)
         named = ((name, tensor) for name, tensor in self.family.public_names(module) if not self.family.frozen(name))
         return Snapshot.of(named, version=version, wire_dtype=wire_dtype).to_update()
 
     def logprobs(self, request: GenerationRequest, response: np.ndarray) -> np.ndarray:
         """[R] what the torch module says of a response, under the request's own sampling."""
-        module = self.family.load_module(dtype=torch.float32)
+        module = module_of(self.family)
         ids = torch.tensor(np.concatenate([request.prompt_ids, response]), dtype=torch.int64)[None]
         with torch.no_grad():
             mels = [self.family.mel(clip.samples) for clip in request.clips if isinstance(clip, AudioClip)]
@@ -127,6 +129,12 @@ class Worlds:
     def create(cls, path: Path) -> "Worlds":
         start = World.create(path / "start", seed=0)
         return cls(start, start.trained(path / "target", seed=1))
+
+
+@functools.cache
+def module_of(family: StepAudio) -> Any:
+    """Read once: while requests fly, a test that reads it again loses the race with them."""
+    return family.load_module(dtype=torch.float32)
 
 
 def same(one: Generation, other: Generation) -> bool:

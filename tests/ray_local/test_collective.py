@@ -6,8 +6,6 @@ With processes that are killed and stopped: `test_transport_chaos.py`.
 import asyncio
 import dataclasses
 import time
-from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,47 +17,23 @@ from rlaudio.types import WeightVersion
 from rlaudio.weights import membership
 from rlaudio.weights.base import Broadcast
 from rlaudio.weights.collective import CollectiveTransport
-from rlaudio.weights.groups import in_daemon
 from rlaudio.weights.joining import JoinableWeights
-from rlaudio.weights.membership import SenderStep
-from tests.weight_world import Arrived, FakeRank, Here, Pool, ReceivingActor, Sent, SentShare
+from tests.weight_world import Here, LocalRanks, Pool, ReceivingActor, Sent
+
+pytestmark = pytest.mark.timeout(400)
 
 NUM_RANKS = 2
-DEADLINE_S = 24.0
-"""Waits, not work: long, because every step has a sixth of it or more on a busy machine."""
+DEADLINE_S = 48.0
+"""Waits, not work: long, because every step has a sixth of it or more on a busy machine; torch 2.13 alone takes 5 s now
+and then to connect to a store."""
+SLACK_S = 30.0
+"""For the same machine: what waits for ever waits for longer."""
 
 
 def values(number: int) -> dict[str, np.ndarray]:
     big = np.arange(200_000).astype(np.uint16)
     big[::50] += np.uint16(number)
     return {"decoder.weight": big, "head.weight": np.full((3, 5), number % 7, np.uint16)}
-
-
-class LocalRanks:
-    """Senders in threads."""
-
-    def __init__(self) -> None:
-        self.num_ranks = NUM_RANKS
-        self.ranks = [FakeRank(rank, NUM_RANKS, "bfloat16") for rank in range(NUM_RANKS)]
-        self.sent: list[SenderStep] = []
-        self.mute: int | None = None
-
-    def publish(self, number: int) -> Sent:
-        shares = []
-        for rank in self.ranks:
-            header, manifest, share, delta = rank.step(values(number), WeightVersion(0, number))
-            shares.append(SentShare(header, share, delta, Arrived(manifest)))
-        return Sent(WeightVersion(0, number), shares)
-
-    async def ask_sender(self, rank: int, step: SenderStep, *, deadline_s: float) -> Any:
-        self.sent.append(step)
-        if rank == self.mute:
-            await asyncio.sleep(deadline_s)
-            raise WeightSyncError(f"learner rank {rank} did not {step.method} within {deadline_s:g} s")
-        try:
-            return await asyncio.wait_for(in_daemon(partial(self.ranks[rank].weights, step)), deadline_s)
-        except TimeoutError as error:
-            raise WeightSyncError(f"learner rank {rank} did not {step.method} within {deadline_s:g} s") from error
 
 
 @dataclasses.dataclass
@@ -72,7 +46,7 @@ class World:
 
     @classmethod
     def of(cls, *names: str, delta: bool = False) -> "World":
-        ranks, pool = LocalRanks(), Pool({})
+        ranks, pool = LocalRanks(NUM_RANKS), Pool({})
         world = cls(ranks, pool, CollectiveTransport(pool, ranks, deadline_s=DEADLINE_S, on_gpu=False))
         for name in names:
             world.add(name, delta=delta)
@@ -82,9 +56,12 @@ class World:
         self.actors[name] = ReceivingActor(keeps_base=delta)
         self.pool.handles[name] = Here(self.actors[name].sync)
 
+    def sent(self, number: int) -> Sent:
+        return self.ranks.publish(values(number), WeightVersion(0, number))
+
     async def publish(self) -> Broadcast:
         self.number += 1
-        return await self.transport.broadcast(self.ranks.publish(self.number))
+        return await self.transport.broadcast(self.sent(self.number))
 
     async def live(self, *names: str) -> None:
         for name in names:
@@ -121,7 +98,7 @@ async def test_who_joins_between_two_broadcasts_gets_the_weights_of_the_last_and
     receivers: Any = world.pool
     weights = JoinableWeights(world.transport, receivers=receivers, version=WeightVersion(0, 0))
     world.number += 1
-    await weights.broadcast(world.ranks.publish(world.number))
+    await weights.broadcast(world.sent(world.number))
     three = ReceivingActor()
     handle = Here(three.sync)
     held = await weights.join("three", handle, take_in=lambda: world.pool.handles.update(three=handle))
@@ -129,7 +106,7 @@ async def test_who_joins_between_two_broadcasts_gets_the_weights_of_the_last_and
     assert held == WeightVersion(0, 1)
     await world.live("one", "two", "three")
     world.number += 1
-    outcome = await weights.broadcast(world.ranks.publish(world.number))
+    outcome = await weights.broadcast(world.sent(world.number))
     assert (set(outcome.live), outcome.evicted) == ({"one", "two", "three"}, {})
     await world.live("one", "two", "three")
 
@@ -139,8 +116,8 @@ async def test_who_joins_when_the_ranks_hold_newer_weights_gets_those() -> None:
     world = World.of("one")
     receivers: Any = world.pool
     weights = JoinableWeights(world.transport, receivers=receivers, version=WeightVersion(0, 0))
-    await weights.broadcast(world.ranks.publish(1))
-    newer = world.ranks.publish(2)
+    await weights.broadcast(world.sent(1))
+    newer = world.sent(2)
     two = world.actors["two"] = ReceivingActor()
     handle = Here(two.sync)
     joining = asyncio.create_task(weights.join("two", handle, take_in=lambda: world.pool.handles.update(two=handle)))
@@ -153,8 +130,9 @@ async def test_who_joins_when_the_ranks_hold_newer_weights_gets_those() -> None:
 
 
 async def test_the_silent_one_is_named_and_the_others_are_live_in_time() -> None:
-    """In every phase, side by side: they mostly wait."""
-    await asyncio.gather(*(silent_in(phase) for phase in ("Join", "Announce", "Receive", "Swap")))
+    """In every phase, and a rank that sends nothing, side by side: they mostly wait."""
+    phases = ("Join", "Announce", "Receive", "Swap")
+    await asyncio.gather(*(silent_in(phase) for phase in phases), a_silent_rank_is_named_and_nobody_is_left_out())
 
 
 async def silent_in(phase: str) -> None:
@@ -164,7 +142,7 @@ async def silent_in(phase: str) -> None:
     await world.actors["silent"].misbehave(f"sleeps in {phase}")
     began_s = time.monotonic()
     outcome = await world.publish()
-    assert time.monotonic() - began_s < DEADLINE_S, phase
+    assert time.monotonic() - began_s < DEADLINE_S + SLACK_S, phase
     assert set(outcome.live) == {"one", "two"}, phase
     await world.live("one", "two")
     assert list(outcome.evicted) == ["silent"], phase
@@ -174,6 +152,17 @@ async def silent_in(phase: str) -> None:
     outcome = await world.publish()
     assert (set(outcome.live), outcome.evicted) == ({"one", "two"}, {}), phase
     await world.live("one", "two")
+
+
+async def a_silent_rank_is_named_and_nobody_is_left_out() -> None:
+    world = World.of("one", "two")
+    await world.publish()
+    world.ranks.mute = 1
+    began_s = time.monotonic()
+    with pytest.raises(WeightSyncError, match="rank 1"):
+        await world.publish()
+    assert time.monotonic() - began_s < DEADLINE_S + SLACK_S
+    assert world.pool.evicted == []
 
 
 async def test_a_group_that_broke_is_formed_again_and_nobody_is_blamed() -> None:
@@ -192,17 +181,6 @@ async def test_a_refusal_names_its_reason() -> None:
     outcome = await world.publish()
     assert outcome.live == ("one",)
     assert "tensor 'b' has another shape" in str(outcome.evicted["wrong"])
-
-
-async def test_a_silent_rank_is_named_and_nobody_is_left_out() -> None:
-    world = World.of("one", "two")
-    await world.publish()
-    world.ranks.mute = 1
-    began_s = time.monotonic()
-    with pytest.raises(WeightSyncError, match="rank 1"):
-        await world.publish()
-    assert time.monotonic() - began_s < DEADLINE_S
-    assert world.pool.evicted == []
 
 
 async def test_nobody_at_all_is_an_error() -> None:

@@ -121,7 +121,7 @@ async def test_placeholders_that_do_not_match_the_encoder_are_an_error_with_coun
 async def test_a_refused_request_leaves_the_others_alone(world: World, engine: Any) -> None:
     fine = asyncio.create_task(engine.generate(world.request("fine", world.sampling(40))))
     with pytest.raises(EngineError, match="'long'.*longer than the maximum"):
-        await engine.generate(world.request("long", world.sampling(4), clip_lengths=(120_000,) * 4))
+        await engine.generate(world.request("long", world.sampling(4), clip_lengths=(120_000,) * 8))
     with pytest.raises(EngineError, match="'hot'.*temperature"):
         await engine.generate(world.request("hot", world.sampling(4, temperature=-1.0)))
     assert len((await fine).response_ids) == 40

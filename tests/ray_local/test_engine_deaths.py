@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlaudio.engines.async_llm import AsyncLLMEngine
 from rlaudio.engines.base import Engine
 from rlaudio.engines.inprocess import InProcessEngine
 from rlaudio.engines.swapping import SwapPolicy
@@ -19,7 +20,7 @@ from tests.ray_local.engine_world import OLD, World, Worlds, until
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
 
-BUDGET = 120
+LONG = 440  # as long as the window allows: what runs must outlast what is done to it
 
 
 @asynccontextmanager
@@ -89,7 +90,7 @@ async def test_a_swap_torn_halfway_ends_the_engine_instead_of_serving_mixed_weig
     """With the flight cut off, so that nothing but the engine knows of it when the swap fails."""
     settings, swap = start.settings(**tearing()), SwapPolicy("abort")
     async with running(lambda: InProcessEngine(settings, version=OLD, swap=swap)) as engine:
-        flight = asyncio.create_task(engine.generate(start.request("r", start.sampling(BUDGET))))
+        flight = asyncio.create_task(engine.generate(start.request("r", start.sampling(LONG))))
         await until(lambda: engine.num_running == 1)
         with pytest.raises(WeightSyncError, match=r"1\.5 failed halfway.*the source is gone"):
             await engine.update_weights(target.update(), deadline_s=30.0)
@@ -100,16 +101,17 @@ async def test_a_swap_torn_halfway_ends_the_engine_instead_of_serving_mixed_weig
         assert engine.version == OLD
 
 
-def test_an_engine_that_cannot_be_built_says_so(start: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "says"), [(InProcessEngine, "ended with"), (AsyncLLMEngine, "could not be built")])
+async def test_an_engine_that_cannot_be_built_says_so(start: World, tmp_path: Path, kind: Any, says: str) -> None:
     settings = dataclasses.replace(start.settings(), model=str(tmp_path))
-    with pytest.raises(EngineError, match="ended with"):
-        InProcessEngine(settings, version=OLD)
+    with pytest.raises(EngineError, match=says):
+        kind(settings, version=OLD)
 
 
 async def test_closing_fails_what_runs_and_what_waits_and_refuses_what_comes(start: World, target: World) -> None:
     """A swap waits for a turn to end, and another turn and another swap wait for it."""
     engine = InProcessEngine(start.settings(), version=OLD, swap=SwapPolicy("turn_ends"))
-    tasks = [asyncio.create_task(engine.generate(start.request("r", start.sampling(200))))]
+    tasks = [asyncio.create_task(engine.generate(start.request("r", start.sampling(LONG))))]
     await until(lambda: engine.num_running == 1)
     tasks += [asyncio.create_task(engine.update_weights(target.update(), deadline_s=60.0)) for _ in range(2)]
     await until(lambda: engine.num_waiting == 2)

@@ -45,7 +45,8 @@ POLICIES = pytest.mark.parametrize(
 )
 NUM_FLIGHTS = 6
 BUDGET = 130
-LONG = 200  # as long as the window allows
+LONG = 440  # as long as the window allows
+NUM_TRIES = 4
 DEADLINE_S = 60.0
 
 
@@ -109,22 +110,29 @@ async def warm_up(engine: Engine, world: World) -> None:
 async def swapped_in_flight(
     engine: Any, worlds: Worlds, requests: list[GenerationRequest]
 ) -> tuple[list[Generation], SwapReport]:
-    """Swap while the requests are somewhere in the middle."""
-    await warm_up(engine, worlds.start)
-    async with engine.dialogue("the flights"):
-        flights = await take_off(engine, requests)
-        swap = asyncio.create_task(engine.update_weights(worlds.target.update(), deadline_s=DEADLINE_S))
-        if engine.swap.mode in ("turn_ends", "dialogue_ends"):
-            await until(lambda: engine.num_waiting == 1)
-            assert not any(task.done() for task in flights), "the swap came too late to matter"
-        else:
-            await swap
-            assert not any(task.done() for task in flights), "the swap came too late to matter"
-        generations = [await task for task in flights]
-    report = await swap
-    assert report.paused_s > 0
-    assert report.waited_s >= 0
-    return generations, report
+    """Swap while the requests are somewhere in the middle.
+
+    Nothing stops them while this process is not let run, least of all where the engine is another one: a swap that
+    came too late to matter is tried again.
+    """
+    for _ in range(NUM_TRIES):
+        await warm_up(engine, worlds.start)
+        async with engine.dialogue("the flights"):
+            flights = await take_off(engine, requests)
+            swap = asyncio.create_task(engine.update_weights(worlds.target.update(), deadline_s=DEADLINE_S))
+            if engine.swap.mode in ("turn_ends", "dialogue_ends"):
+                await until(lambda: engine.num_waiting == 1)
+            else:
+                await swap
+            in_time = not any(task.done() for task in flights)
+            generations = [await task for task in flights]
+        report = await swap
+        if in_time:
+            assert report.paused_s > 0
+            assert report.waited_s >= 0
+            return generations, report
+        await engine.update_weights(worlds.start.update(version=OLD), deadline_s=DEADLINE_S)
+    pytest.fail(f"{NUM_TRIES} swaps came too late to matter")
 
 
 def versions(generation: Generation) -> list[WeightVersion]:
@@ -273,17 +281,17 @@ async def test_a_resumed_turn_still_ends_at_its_stop_id(worlds: Worlds, engine: 
 async def test_a_turn_cut_twice_is_one_turn_of_three_versions(worlds: Worlds, engine: Any) -> None:
     engine.swap = ABORT
     world = worlds.start
-    requests = [flight(world, f"f{i}", i, world.greedy(BUDGET)) for i in range(3)]
+    requests = [flight(world, f"f{i}", i, world.greedy(LONG)) for i in range(3)]
     flights = await take_off(engine, requests)
     await engine.update_weights(worlds.target.update(), deadline_s=DEADLINE_S)
     last = WeightVersion(2, 0)
     await engine.update_weights(world.update(version=last), deadline_s=DEADLINE_S)
     assert not any(task.done() for task in flights)
     for request, generation in zip(requests, [await task for task in flights], strict=True):
-        assert len(generation.response_ids) == BUDGET
+        assert len(generation.response_ids) == LONG
         spans = generation.version_spans
         assert (versions(generation)[0], versions(generation)[-1]) == (OLD, last)
-        assert [spans[0].start, *(s.end for s in spans)] == [0, *(s.start for s in spans[1:]), BUDGET]
+        assert [spans[0].start, *(s.end for s in spans)] == [0, *(s.start for s in spans[1:]), LONG]
         for weights, span in zip((world, worlds.target, world), spans, strict=False):
             if len(spans) == 3:
                 expected = weights.logprobs(request, generation.response_ids)[span.start : span.end]
@@ -370,10 +378,10 @@ async def test_a_deadline_passes_while_something_runs(
     async with engine.dialogue("group 3"):
         slow = asyncio.create_task(engine.generate(flight(world, "slow", 0, world.greedy(LONG))))
         await until(lambda: engine.num_running == 1)
-        swap = asyncio.create_task(engine.update_weights(worlds.target.update(), deadline_s=0.3))
+        swap = asyncio.create_task(engine.update_weights(worlds.target.update(), deadline_s=0.1))
         await until(lambda: engine.num_waiting == 1 or swap.done())
         waits = asyncio.create_task(turn_of_another_dialogue())
-        with pytest.raises(WeightSyncError, match=rf"1\.5 were not live within 0\.3 s; the engine has 1\.4.*{named}"):
+        with pytest.raises(WeightSyncError, match=rf"1\.5 were not live within 0\.1 s; the engine has 1\.4.*{named}"):
             await swap
         # Nothing was changed, and nobody is kept waiting for what still runs.
         assert versions(await waits) == [OLD]

@@ -166,8 +166,8 @@ async def plain_loop(world: World) -> tuple[Snapshot, Snapshot, int]:
 
 
 @asynccontextmanager
-async def playing(world: World, *, siblings: int = 400) -> AsyncIterator["asyncio.Task[Any]"]:
-    """A group under way that keeps the engine busy for half a minute, longer than `until` waits."""
+async def playing(world: World, *, siblings: int = 1600) -> AsyncIterator["asyncio.Task[Any]"]:
+    """A group under way that keeps the engine busy for minutes, longer than `until` waits."""
     config = replace(world.config, algorithm=replace(world.config.algorithm, group_size=siblings))
     many = RolloutPool(config, environment={}, pool=world.rollouts.pool)
     task = asyncio.create_task(many.play(world.records[0], group=1_000))
@@ -178,7 +178,7 @@ async def playing(world: World, *, siblings: int = 400) -> AsyncIterator["asynci
         task.cancel()
 
 
-async def until(world: World, holds: Any, *, deadline_s: float = 20.0) -> None:
+async def until(world: World, holds: Any, *, deadline_s: float = 60.0) -> None:
     """Wait until the engine's number of requests is so."""
     (handle,) = world.rollouts.pool.handles.values()
     async with asyncio.timeout(deadline_s):

@@ -47,7 +47,7 @@ class Rollout(ReceivingActor):
 def sent(ray_session: None) -> Sent:
     learner = Rank.remote()
     refs = [learner.step.remote(rank) for rank in range(NUM_RANKS)]
-    ready, _ = ray.wait(refs, num_returns=NUM_RANKS, timeout=90.0)
+    ready, _ = ray.wait(refs, num_returns=NUM_RANKS, timeout=240.0)
     assert len(ready) == NUM_RANKS
     # Gone before anybody pulls: a method's return value outlives its actor.
     ray.kill(learner)
@@ -58,7 +58,7 @@ def sent(ray_session: None) -> Sent:
 def actors(ray_session: None) -> Iterator[dict[str, Any]]:
     faults = {"one": "", "two": "", "slow": "sleeps in Pull", "wrong": "refuses", "dead": ""}
     handles = {name: Rollout.remote(fault) for name, fault in faults.items()}
-    ray.get([handle.alive.remote() for handle in handles.values()], timeout=90.0)
+    ray.get([handle.alive.remote() for handle in handles.values()], timeout=240.0)
     ray.kill(handles["dead"])
     yield handles
     for handle in handles.values():
@@ -78,23 +78,23 @@ async def test_everyone_has_the_same_bytes(sent: Sent, actors: dict[str, Any]) -
 
 async def test_the_slow_the_refusing_and_the_dead_are_named_and_left_out(sent: Sent, actors: dict[str, Any]) -> None:
     receivers = pool(actors, "one", "slow", "wrong", "dead")
-    async with asyncio.timeout(20.0):
-        outcome = await ObjectStoreTransport(receivers, deadline_s=4.0).broadcast(sent)
+    async with asyncio.timeout(90.0):
+        outcome = await ObjectStoreTransport(receivers, deadline_s=10.0).broadcast(sent)
     assert outcome.live == ("one",)
     assert sorted(receivers.evicted) == sorted(outcome.evicted) == ["dead", "slow", "wrong"]
-    assert str(outcome.evicted["slow"]) == "slow did not pull weights 0.3 within 4 s"
+    assert str(outcome.evicted["slow"]) == "slow did not pull weights 0.3 within 10 s"
     assert "wrong did not swap to weights 0.3" in str(outcome.evicted["wrong"])
     assert "tensor 'b' has another shape" in str(outcome.evicted["wrong"])
     assert "dead did not pull weights 0.3" in str(outcome.evicted["dead"])
     # The call that was given up does not linger in the actor.
-    async with asyncio.timeout(30.0):
+    async with asyncio.timeout(90.0):
         while not await actors["slow"].was_cancelled.remote():  # noqa: ASYNC110 (another process)
             await asyncio.sleep(0.05)
 
 
 async def test_nobody_left_is_an_error_that_names_everyone(sent: Sent, actors: dict[str, Any]) -> None:
-    with pytest.raises(WeightSyncError, match=r"0\.3 reached no engine: wrong did not.*; slow did not") as caught:
-        await ObjectStoreTransport(pool(actors, "wrong", "slow"), deadline_s=2.0).broadcast(sent)
+    with pytest.raises(WeightSyncError, match=r"0\.3 reached no engine: wrong did not.*; dead did not") as caught:
+        await ObjectStoreTransport(pool(actors, "wrong", "dead"), deadline_s=60.0).broadcast(sent)
     assert "another shape" in str(caught.value)
     with pytest.raises(WeightSyncError, match="reached no engine: there are none"):
         await ObjectStoreTransport(Pool({}), deadline_s=2.0).broadcast(sent)

@@ -5,6 +5,7 @@ as a new actor would; those that are killed stay dead.
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -25,22 +26,20 @@ from tests.weight_world import FakeRanks, Pool, ReceivingActor
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(400)]
 
-DEADLINES_S = {"object_store": 6.0, "collective": 18.0}
+DEADLINES_S = {"object_store": 12.0, "collective": 48.0}
+"""Waits, not work: long, because on a busy machine each step of the survivor has a sixth of it, or all. Connecting to a
+store of torch 2.13 alone took 5 s now and then."""
+SLACK_S = 30.0
+"""For a driver on a busy machine. What would wait for ever waits for longer: gloo's own patience is minutes."""
 NUM_VALUES = 3 << 20
 NUM_RANKS = 2
-PHASES = {"object_store": ("Pull", "Swap"), "collective": ("Join", "Announce", "Receive", "Swap")}
-CASES = [
-    (transport, how, phase)
-    for transport, phases in PHASES.items()
-    for how in ("sleeps", "stops", "dies")
-    for phase in phases
-    if how != "sleeps" or phase == "Receive"
-]
+FAULTS = [f"{how} in {phase}" for how in ("stops", "dies") for phase in ("Pull", "Swap")]
+CASES = [(how, phase) for how in ("stops", "dies") for phase in ("Join", "Announce", "Receive", "Swap")]
 
 
 @dataclass
 class World:
-    """Two ranks, an engine that always works, and one that is told what to do."""
+    """Two ranks, an engine that always works, and others that are told what to do."""
 
     ranks: FakeRanks
     transports: dict[str, WeightTransport] = field(default_factory=dict)
@@ -56,7 +55,7 @@ class World:
 
     def add(self, name: str) -> str:
         self.handles[name] = ray.remote(ReceivingActor).options(num_cpus=0, max_concurrency=50).remote()
-        ray.get(self.handles[name].warm.remote(), timeout=120.0)
+        ray.get(self.handles[name].warm.remote(), timeout=240.0)
         return name
 
     async def publish(self, transport: str, *names: str) -> Broadcast:
@@ -76,7 +75,7 @@ def values(number: int) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def world(ray_session: None) -> Iterator[World]:
     made = World(FakeRanks(NUM_RANKS))
-    made.pools = {name: Pool({}) for name in PHASES}
+    made.pools = {name: Pool({}) for name in DEADLINES_S}
     made.transports = {
         "object_store": ObjectStoreTransport(made.pools["object_store"], deadline_s=DEADLINES_S["object_store"]),
         "collective": CollectiveTransport(
@@ -97,35 +96,59 @@ async def live(world: World, name: str) -> None:
     assert sums == {key: int(value.astype(np.int64).sum()) for key, value in values(world.number).items()}
 
 
-@pytest.mark.parametrize(("transport", "how", "phase"), CASES, ids=["-".join(case) for case in CASES])
-async def test_whoever_stops_answering_is_named_and_the_others_are_live(
-    world: World, transport: str, how: str, phase: str
-) -> None:
+async def test_over_the_store_nobody_waits_for_those_that_stop_answering(world: World) -> None:
+    """All of them in one broadcast: receivers know nothing of each other."""
+    victims = {world.add(f"victim of the store {number}"): fault for number, fault in enumerate(FAULTS)}
+    pids = [await world.handles[name].alive.remote() for name in victims]
+    try:
+        everybody = {"survivor", *victims}
+        assert set((await world.publish("object_store", *everybody)).live) == everybody
+        for name, fault in victims.items():
+            await live(world, name)
+            await world.handles[name].misbehave.remote(fault)
+        began_s = time.monotonic()
+        outcome = await world.publish("object_store", *everybody)
+        assert time.monotonic() - began_s < DEADLINES_S["object_store"] + SLACK_S
+        assert outcome.live == ("survivor",)
+        assert outcome.evicted.keys() == victims.keys() == set(world.pools["object_store"].evicted)
+        for name, error in outcome.evicted.items():
+            step = "pull" if victims[name].endswith("Pull") else "swap to"
+            assert str(error).startswith(f"{name} did not {step} weights 0.{world.number}"), error
+        await live(world, "survivor")
+    finally:
+        for name, pid in zip(victims, pids, strict=True):
+            del world.handles[name]
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # one that stands still would not hear Ray's own way
+
+
+@pytest.mark.parametrize(("how", "phase"), CASES, ids=["-".join(case) for case in CASES])
+async def test_whoever_stops_answering_is_named_and_the_others_are_live(world: World, how: str, phase: str) -> None:
+    """What a receiver does that only sleeps, with its process alive, is in `test_collective.py`."""
     victim = world.victim()
     if phase == "Join":  # the group that stands is not theirs
-        await world.publish(transport, "survivor")
+        await world.publish("collective", "survivor")
     else:
-        assert set((await world.publish(transport, "survivor", victim)).live) == {"survivor", victim}
+        assert set((await world.publish("collective", "survivor", victim)).live) == {"survivor", victim}
         await live(world, victim)
     pid = await world.handles[victim].alive.remote()
     await world.handles[victim].misbehave.remote(f"{how} in {phase}")
     began_s = time.monotonic()
-    outcome = await world.publish(transport, "survivor", victim)
-    took_s = time.monotonic() - began_s
+    outcome = await world.publish("collective", "survivor", victim)
+    assert time.monotonic() - began_s < DEADLINES_S["collective"] + SLACK_S
     assert outcome.live == ("survivor",)
-    assert took_s < DEADLINES_S[transport] + 2.0
     assert list(outcome.evicted) == [victim]
     said = str(outcome.evicted[victim])
     assert said.startswith(f"{victim} did not"), said
-    assert world.pools[transport].evicted[-1] == victim
+    assert world.pools["collective"].evicted[-1] == victim
     await live(world, "survivor")
     if how == "dies":
         del world.handles[victim]
     else:
         os.kill(pid, signal.SIGCONT)
         await world.handles[victim].misbehave.remote("")
-    if transport == "collective" and phase == "Receive":
-        assert (await world.publish(transport, "survivor")).live == ("survivor",)
+    if phase == "Receive":
+        assert (await world.publish("collective", "survivor")).live == ("survivor",)
         await live(world, "survivor")
 
 
@@ -137,7 +160,7 @@ async def test_a_rank_that_does_not_answer_is_named(world: World) -> None:
     os.kill(world.ranks.pids[1], signal.SIGSTOP)
     try:
         with pytest.raises(WeightSyncError, match="rank 1"):
-            async with asyncio.timeout(DEADLINES_S["collective"]):
+            async with asyncio.timeout(DEADLINES_S["collective"] + SLACK_S):
                 await world.transports["collective"].broadcast(sent)
     finally:
         os.kill(world.ranks.pids[1], signal.SIGCONT)

@@ -87,7 +87,7 @@ async def test_diverging_resuming_and_offloading_change_no_bit(
         assert await ranks._all("probe", EngineSettings()) == [(True, stage == 3, False)] * 2
         await ranks.prepare(third)
         offloaded, undisturbed = await step(ranks, second)
-        assert offloaded.values["grad_norm"] == pytest.approx(metrics.values["grad_norm"], rel=1e-6)
+        assert offloaded.values["grad_norm"] == pytest.approx(metrics.values["grad_norm"], rel=1e-5)
         # Not to the bit: offloading, DeepSpeed reduces each micro-batch by itself and adds up after that.
         assert_same_weights(undisturbed, expected)
         await ranks.load(tmp_path / "there")

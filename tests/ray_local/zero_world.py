@@ -15,7 +15,7 @@ from rlaudio.learner.batch import Row, read_rows
 from rlaudio.learner.experience_plan import ExperiencePlan, plan_experience
 from rlaudio.learner.group import LearnerGroup
 from rlaudio.learner.messages import MinibatchSpec, PublishedSnapshot, StepMetrics, TrainerSpec
-from rlaudio.learner.optimization import DTYPES, discard_gradients, division_config
+from rlaudio.learner.optimization import DTYPES, _reduced_gradients, discard_gradients, division_config
 from rlaudio.learner.rank import RankWorker
 from rlaudio.learner.sharding import Sharder, full_shape, is_sharded, own_share
 from rlaudio.weights.shares import assemble
@@ -211,11 +211,20 @@ class Gradients:
 
 
 @dataclass(frozen=True)
+class OwnGradients:
+    """This rank's part of the reduced gradient, piece by piece as DeepSpeed holds it; from ZeRO stage 1 on."""
+
+    def run(self, worker: RankWorker) -> list[torch.Tensor]:
+        pieces = _reduced_gradients(worker.trainer._live_engine(), stage=worker.trainer.spec.learner.zero_stage)
+        return [piece.detach().flatten().clone() for piece in pieces]
+
+
+@dataclass(frozen=True)
 class Forget:
-    """The gradient of the last forward_backward, at ZeRO stage 0."""
+    """The gradient of the last forward_backward."""
 
     def run(self, worker: RankWorker) -> None:
-        discard_gradients(worker.trainer._live_engine(), stage=0)
+        discard_gradients(worker.trainer._live_engine(), stage=worker.trainer.spec.learner.zero_stage)
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,10 @@ STAGES = st.integers(0, 3)
 # ---- well-known numbers -------------------------------------------------------------------------------------------
 
 
-def test_bfloat16_adam_without_any_sharding_is_16_bytes_per_trained_parameter() -> None:
+def test_bfloat16_adam_with_sums_in_float32_is_18_bytes_per_trained_parameter() -> None:
     states = memory.model_states(LARGE, replace(PLAN, ranks=1, zero_stage=1))
     frozen = LARGE.counts.encoder
-    assert sum(states.values()) == 16 * (LARGE.counts.total - frozen) + 2 * frozen
+    assert sum(states.values()) == 18 * (LARGE.counts.total - frozen) + 2 * frozen  # 2 weights, 4 gradients, 12
     assert states["optimizer"] == 12 * (LARGE.counts.total - frozen)
 
 
@@ -98,7 +98,7 @@ def test_stage_3_divides_every_trained_state_by_the_ranks(ranks: int) -> None:
     trained = LARGE.counts.trained(train_encoder=False)
     states = memory.model_states(LARGE, replace(PLAN, ranks=ranks))
     shared = sum(states.values()) - 2 * LARGE.counts.encoder  # the frozen encoder is whole everywhere
-    assert 16 * trained <= shared * ranks <= 16 * (trained + ranks)
+    assert 18 * trained <= shared * ranks <= 18 * (trained + ranks)
 
 
 @given(ranks=st.integers(2, 512), stage=st.integers(1, 2))

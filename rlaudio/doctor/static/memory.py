@@ -181,7 +181,7 @@ class LearnerPlan:
     Attributes:
         ranks: that train together.
         zero_stage: 0 to 3.
-        bytes_per_value: of parameters and gradients.
+        bytes_per_value: of parameters; gradients are added up in float32 whatever it is.
         train_encoder: the encoder has gradients and optimizer states too.
         reference: where the frozen start of the KL term lies: "" (there is none), "whole", "sharded" or "offload".
         offload_optimizer: optimizer states and their float32 gradient lie in main memory.
@@ -203,6 +203,11 @@ class LearnerPlan:
     offload_parameters: bool = False
 
     @property
+    def rounds(self) -> bool:
+        """Whether a micro-batch's gradient is of less than float32, in which they are added up."""
+        return self.bytes_per_value < 4
+
+    @property
     def cells(self) -> int:
         """Padded cells that go through the model at once."""
         return max(self.micro_batch_tokens, self.longest_row)
@@ -213,26 +218,29 @@ def model_states(size: ModelSize, plan: LearnerPlan) -> dict[str, int]:
 
     | stage | weights | gradients | master + Adam |
     |---|---|---|---|
-    | 0 (float32 only) | b P | b Pt | 8 Pt (no master: the weights are float32) |
-    | 1 | b P | b Pt | 12 Pt / n |
-    | 2 | b P | b Pt / n | 12 Pt / n |
-    | 3 | b (Pt / n + frozen) | b Pt / n | 12 Pt / n |
+    | 0 (float32 only) | b P | 4 Pt | 8 Pt (no master: the weights are float32) |
+    | 1 | b P | 4 Pt | 12 Pt / n |
+    | 2 | b P | 4 Pt / n | 12 Pt / n |
+    | 3 | b (Pt / n + frozen) | 4 Pt / n | 12 Pt / n |
 
     A frozen encoder is whole on every rank at stage 3 too: a rank may encode at any time, without the others.
 
-    So bfloat16 with nothing divided is 16 bytes per parameter: 2 + 2 + 4 (master) + 8 (Adam) (arXiv:1910.02054).
+    So bfloat16 with nothing divided is 18 bytes per parameter: 2 + 4 + 4 (master) + 8 (Adam). It would be 16 if
+    gradients were added up in bfloat16 (arXiv:1910.02054).
 
     What is offloaded lies in main memory instead, see `offloaded_states`: the optimizer, with it the divided gradients
-    of stages 2 and 3, and at stage 3 the shares of the weights.
+    of stages 2 (in float32 only) and 3, and at stage 3 the shares of the weights.
     """
     stage, value = plan.zero_stage, plan.bytes_per_value
     everything, trained = size.counts.total, size.counts.trained(train_encoder=plan.train_encoder)
     part = _part(trained, plan.ranks)
     shares = 0 if plan.offload_parameters else part
-    gradients = 0 if plan.offload_optimizer and stage >= 2 else part if stage >= 2 else trained
+    gradients = trained if stage < 2 else part
+    if plan.offload_optimizer and (stage == 3 or (stage == 2 and not plan.rounds)):
+        gradients = 0
     return {
         "weights": value * (shares + everything - trained if stage >= 3 else everything),
-        "gradients": value * gradients,
+        "gradients": 4 * gradients,
         "optimizer": 0 if plan.offload_optimizer else 8 * trained if stage == 0 else 12 * part,
     }
 
@@ -242,8 +250,8 @@ def offloaded_states(size: ModelSize, plan: LearnerPlan) -> dict[str, int]:
 
     | | bytes |
     |---|---|
-    | optimizer | (16 + b) Pt / n: master, Adam, float32 gradient; weights (1, 2) or gradients (3) on their way |
-    | gradients, stages 1 and 2 | b Pt / n: the sum over micro-batches |
+    | optimizer | (16 + b) Pt / n: master, Adam, float32 gradient; weights (1, 2) on their way. 20 Pt / n (3): the sum |
+    | gradients, stages 1 and 2, float32 | 4 Pt / n: the sum over micro-batches; that of bfloat16 stays on the device |
     | weights | b Pt / n |
     | reference "offload" | b Pt / n |
     """
@@ -251,8 +259,8 @@ def offloaded_states(size: ModelSize, plan: LearnerPlan) -> dict[str, int]:
     trained = size.counts.trained(train_encoder=plan.train_encoder)
     part = _part(trained, plan.ranks)
     return {
-        "optimizer": (16 + value) * part if plan.offload_optimizer else 0,
-        "gradients": value * part if plan.offload_optimizer and stage < 3 else 0,
+        "optimizer": (16 + (4 if stage == 3 else value)) * part if plan.offload_optimizer else 0,
+        "gradients": 4 * part if plan.offload_optimizer and stage < 3 and not plan.rounds else 0,
         "weights": value * part if plan.offload_parameters else 0,
         "reference": value * part if plan.reference == "offload" else 0,
     }
@@ -290,10 +298,12 @@ def learner_use(size: ModelSize, plan: LearnerPlan) -> Use:
     stays            `model_states`, and the reference: b (P - encoder), over n when it is sharded, none when offloaded
     forward_backward `activations`
                      + 4 float32 tensors of [min(4096, C), V]: logits, log_softmax, exp and product (entropy)
-                     + stage 1 to 3: b * 4 h^2 in the reduction bucket
+                     + stage 1 to 3: b * 4 h^2 in the reduction bucket, and as many in float32
+                     + stage 2 in bfloat16: b Pt / n, the rank's own part of a micro-batch's gradient
                      + stage 3: b * (embedding + head + adaptor), gathered for the whole step, as much again for their
                        gradients, b * (one layer + 4 h^2) for the layers as they come
-    step             stage 0: 4 Pt Adam's temporaries; 1, 2: 8 Pt / n with the float32 gradient; 3: 8 * min(Pt / n, 1e9)
+    step             stage 0: 4 Pt Adam's temporaries; 1, 2: 8 Pt / n with the rank's part of the gradient (4 Pt / n at
+                     stage 2 in bfloat16, where the part is all there is); 3: 8 * min(Pt / n, 1e9)
                      nothing where the optimizer is offloaded
     start            see `loading_bytes`
 
@@ -307,10 +317,11 @@ def learner_use(size: ModelSize, plan: LearnerPlan) -> Use:
     passing = {
         "activations": activations(size.shape, plan),
         "logits": 4 * min(LOGIT_CHUNK, plan.cells) * size.shape.vocabulary * 4,
-        "bucket": value * bucket if stage else 0,
+        "bucket": (value + 4 * plan.rounds) * bucket if stage else 0,
+        "own": value * part if stage == 2 and plan.rounds else 0,
         "gathered": value * (2 * ends + counts.decoder // size.shape.num_layers + bucket) if stage == 3 else 0,
     }
-    step = {0: 4 * trained, 1: 8 * part, 2: 8 * part, 3: 8 * min(part, SUB_GROUP)}[stage]
+    step = {0: 4 * trained, 1: 8 * part, 2: (4 if plan.rounds else 8) * part, 3: 8 * min(part, SUB_GROUP)}[stage]
     reference = {"whole": value * trained, "sharded": value * part}.get(plan.reference, 0)
     return Use(
         stays={**model_states(size, plan), "reference": reference},
