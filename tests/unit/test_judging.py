@@ -11,10 +11,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))
 
 from spoken_world import vocabulary
+from spoken_world.heldout import write_heldout
 from spoken_world.judging import JUDGE_PHASES, JudgePair, judge_pairs, judge_phases, judge_rows
 
 from rlaudio.experience.schema import EXPERIENCE
 from rlaudio.rewards.levels import Verdict
+from rlaudio.rewards.preferences import read_preferences
 from rlaudio.rewards.prompt import PROMPT_WORDS, JudgePrompt
 from tests.fakes import FakeFamily
 
@@ -84,3 +86,17 @@ def test_phases_lie_as_the_recipe_reads_them(tmp_path: Path) -> None:
         rows = pa.ipc.open_file(phase.data).read_all()
         assert rows.schema.equals(EXPERIENCE, check_metadata=True)
         assert (rows.num_rows, phase.steps, phase.rows_per_step) == (16, 2, 8)
+
+
+def test_the_heldout_file_says_what_the_pairs_say(tmp_path: Path) -> None:
+    write_heldout(tmp_path / "build" / "heldout.jsonl", num=40)
+    labelled = read_preferences(tmp_path / "build" / "heldout.jsonl")
+    phase = JUDGE_PHASES[-1]
+    pairs = list(judge_pairs(seed=99, num=40, items=phase.items, plain=phase.plain, heldout=True))
+    assert [(one.level, one.reasoning) for one in labelled] == [(pair.level, pair.rationale) for pair in pairs]
+    family = FakeFamily()
+    prompt = JudgePrompt(family.tokenizer, style=family.style)
+    for one, pair in zip(labelled, pairs, strict=True):
+        for order in (False, True):
+            asked, wanted = (prompt.ids(c, response_first=order) for c in (one.comparison, pair.comparison))
+            assert asked.tolist() == wanted.tolist()

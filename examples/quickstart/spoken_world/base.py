@@ -20,6 +20,7 @@ from rlaudio.models.step_audio import StepAudio, create_tiny
 from rlaudio.rewards.calibration import Calibration
 from rlaudio.runs import write_text_atomic
 from rlaudio.types import WeightVersion
+from spoken_world.heldout import write_heldout
 from spoken_world.judging import calibrate_judge, judge_phases
 from spoken_world.make import WorldConfig, make_world
 from spoken_world.vocabulary import WORDS
@@ -40,6 +41,7 @@ def build_policy(*, seed: int) -> None:
 def build_judge(*, seed: int) -> None:
     """Comparisons with known verdicts, then the phases that `spoken_world.judging` asks for."""
     _fresh("build/judge-init", seed=seed)
+    write_heldout(Path("build/judge-heldout.jsonl"))
     phases = judge_phases(Path("build/judge-rows"), family=StepAudio(Path("build/judge-init")), seed=seed)
     written = ", ".join(
         "{" + ", ".join(f"{name}: {_yaml(value)}" for name, value in vars(phase).items()) + "}" for phase in phases
@@ -87,7 +89,7 @@ def _fresh(path: str, *, seed: int) -> None:
 
 
 def _run(config: str, *overrides: str) -> None:
-    code = rlaudio(["sft", config, *overrides])
+    code = rlaudio(["train", config, *overrides])
     if code:
         sys.exit(code)
 
