@@ -17,8 +17,8 @@ from typing import Any
 from rlaudio.algorithm_facts import ALGORITHMS
 from rlaudio.config import (
     AlgorithmSettings,
-    AutoscaleSettings,
     AugmentSettings,
+    AutoscaleSettings,
     ClusterSettings,
     CriticSettings,
     DataSettings,

@@ -11,14 +11,16 @@ from typing import Any
 
 import pyarrow as pa
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from rlaudio.audio.store import ClipStore
 from rlaudio.config import JudgeModelSettings, RunConfig, SftConfig
 from rlaudio.config_checks_judges import HELDOUT
-from rlaudio.config_judges import CalibrationSettings, JudgeConfig, JudgeRunSettings, RewardModelConfig
+from rlaudio.config_judges import JudgeConfig, JudgeRunSettings, RewardModelConfig
 from rlaudio.config_loader import to_yaml
 from rlaudio.data.records import write_records
 from rlaudio.dialogue.render import clip_pieces
+from rlaudio.errors import ConfigError
 from rlaudio.models.base import ModelFamily
 from rlaudio.models.families import open_family
 from rlaudio.recipes.judges import read_sets
@@ -130,11 +132,6 @@ def judge_config(config: RewardModelConfig) -> JudgeConfig:
     )
 
 
-def resource_needs(learner: tuple[float, float], calibration: CalibrationSettings) -> dict[str, tuple[float, float]]:
-    """What Ray is asked for: learner and judge never run at once."""
-    return {"one at a time": (max(learner[0], calibration.num_cpus), max(learner[1], calibration.num_gpus))}
-
-
 # ---- reinforcement learning on agreement --------------------------------------------------------------------------
 
 
@@ -146,6 +143,7 @@ def write_agreement(config: RewardModelConfig, data: JudgeData, *, folder: Path,
 
     Raises:
         DataError: a text is longer than `asking.max_section_tokens`: a played prompt is not cut.
+        ConfigError: `agreement.settings` has something that no RL run has.
     """
     family = open_family(config.model)
     prompt = judge_prompt(config, family)
@@ -188,7 +186,13 @@ def _agreement_yaml(config: RewardModelConfig, *, folder: Path, policy: str) -> 
         "evaluation": {"bootstrap": config.calibration.bootstrap},
         "tracking": _plain(config.tracking),
     }
-    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), written, agreement.settings)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), written, agreement.settings)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(
+            f"agreement.settings cannot be those of an RL run ({' '.join(str(error).split())}): correct them, their "
+            "names are those of `rlaudio train`"
+        ) from error
     return str(OmegaConf.to_yaml(merged))
 
 

@@ -1,7 +1,8 @@
 """What a reward model learns from: comparisons with a known verdict, as JSON lines.
 
 One object per line: `id`, `axis`?, `license`?, `messages[]` (the dialogue up to the user message that is answered:
-`role`, `content[]` of `{"text"}` or `{"audio", "sha256", "sample_rate", "transcript"?}` as in prompt records), then
+`role`, `content[]` of `{"text"}` or `{"audio", "sha256", "sample_rate", "transcript"?}` as in prompt records; as much
+of it as the judge will be shown, see `max_history` of `GenerativeJudge`), then
 
 - two replies: `reference` (taken to be right) and `response`; or `responses: [one, other]`, where neither is special;
 - one label: `level` of the second against the first, 0 much worse to `levels - 1` much better; or `preferred`:

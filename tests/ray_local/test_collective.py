@@ -6,6 +6,7 @@ With processes that are killed and stopped: `test_transport_chaos.py`.
 import asyncio
 import dataclasses
 import time
+from typing import Any
 
 import numpy as np
 import pytest

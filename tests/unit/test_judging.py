@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))
 from spoken_world import vocabulary
 from spoken_world.attacking import FOREIGN, JUDGE_VOCABULARY, LEARNED_KINDS, PLAIN_WORDS, hide
 from spoken_world.building import widened
+from spoken_world.heldout import write_heldout
 from spoken_world.judging import (
     JUDGE_PHASES,
     JudgePair,
@@ -33,6 +34,7 @@ from rlaudio.models.step_audio import create_tiny
 from rlaudio.models.step_audio.tokenizer import CONTROL_TOKENS, StepAudioTokenizer, build_word_tokenizer
 from rlaudio.rewards.attacks import ATTACKS, readable
 from rlaudio.rewards.levels import Verdict
+from rlaudio.rewards.preferences import read_preferences
 from rlaudio.rewards.prompt import PROMPT_WORDS, JudgePrompt
 from tests.fakes import FakeFamily
 
@@ -177,3 +179,17 @@ def test_without_attacks_the_pairs_are_as_ever() -> None:
     known = set(vocabulary.WORDS)
     for pair in judge_pairs(seed=99, num=200, items=0.15, plain=0.25, heldout=True):
         assert set(pair.comparison.response.split()) <= known
+
+
+def test_the_heldout_file_says_what_the_pairs_say(tmp_path: Path) -> None:
+    write_heldout(tmp_path / "build" / "heldout.jsonl", num=40)
+    labelled = read_preferences(tmp_path / "build" / "heldout.jsonl")
+    phase = JUDGE_PHASES[-1]
+    pairs = list(judge_pairs(seed=99, num=40, items=phase.items, plain=phase.plain, heldout=True))
+    assert [(one.level, one.reasoning) for one in labelled] == [(pair.level, pair.rationale) for pair in pairs]
+    family = FakeFamily()
+    prompt = JudgePrompt(family.tokenizer, style=family.style)
+    for one, pair in zip(labelled, pairs, strict=True):
+        for order in (False, True):
+            asked, wanted = (prompt.ids(c, response_first=order) for c in (one.comparison, pair.comparison))
+            assert asked.tolist() == wanted.tolist()

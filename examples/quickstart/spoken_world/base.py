@@ -14,8 +14,9 @@ from pathlib import Path
 from rlaudio.models.step_audio import StepAudio
 from rlaudio.rewards.calibration import Calibration
 from spoken_world.attacking import JUDGE_VOCABULARY
-from spoken_world.building import fresh, run_sft, served, widened, write_card
+from spoken_world.building import fresh, run_recipe, served, widened, write_card
 from spoken_world.hearing import build_hearing_judge
+from spoken_world.heldout import write_heldout
 from spoken_world.judging import ATTACKED_PHASES, JUDGE_PHASES, calibrate_judge, judge_phases
 from spoken_world.make import WorldConfig, make_world
 from spoken_world.vocabulary import WORDS
@@ -23,13 +24,15 @@ from spoken_world.vocabulary import WORDS
 BASE_WORLD = WorldConfig(seed=7, train=0, heldout=0, heldout_voices=0, base=6000)
 PLAIN_JUDGE = Path("build/judge-plain")
 """The judge before it met attacks."""
+HELDOUT = Path("build/judge-heldout.jsonl")
+"""As `judge.yaml` names it."""
 
 
 def build_policy(*, seed: int) -> None:
     """Sounds, then the phases of `policy.yaml`."""
     make_world(Path("base_data"), BASE_WORLD, num_processes=2)
     fresh(Path("build/policy-init"), words=WORDS, seed=seed)
-    run_sft("policy.yaml", f"run.seed={seed}")
+    run_recipe("policy.yaml", f"run.seed={seed}")
     write_card(
         Path("checkpoints/policy"),
         f"The tiny Step-Audio policy of the quickstart, seed {seed}: hears 16 kHz speech, reasons, replies.",
@@ -39,19 +42,21 @@ def build_policy(*, seed: int) -> None:
 def build_plain_judge(*, seed: int) -> None:
     """Comparisons with known verdicts, then the phases of `spoken_world.judging`: a judge of honest replies."""
     init = Path("build/judge-init")
+    write_heldout(HELDOUT)
     fresh(init, words=WORDS, seed=seed)
     phases = judge_phases(Path("build/judge-rows"), family=StepAudio(init), seed=seed)
-    run_sft("judge.yaml", f"run.seed={seed}", f"model.path={init}", f"run.output={PLAIN_JUDGE}", phases=phases)
+    run_recipe("judge.yaml", f"run.seed={seed}", f"model.path={init}", f"run.output={PLAIN_JUDGE}", phases=phases)
 
 
 def build_judge(*, seed: int) -> None:
     """The plain judge learns the words of the attacks, and that what is hidden in a reply is part of the reply."""
     init = Path("build/judge-wide")
+    write_heldout(HELDOUT)
     family = widened(init, narrow=PLAIN_JUDGE, words=JUDGE_VOCABULARY, seed=seed)
     first = seed + len(JUDGE_PHASES)
     phases = judge_phases(Path("build/judge-rows"), family=family, seed=first, phases=ATTACKED_PHASES)
     path = Path("checkpoints/judge")
-    run_sft("judge.yaml", f"run.seed={seed}", f"model.path={init}", f"run.output={path}", phases=phases)
+    run_recipe("judge.yaml", f"run.seed={seed}", f"model.path={init}", f"run.output={path}", phases=phases)
     write_card(
         path,
         f"The tiny generative judge of the quickstart, seed {seed}: compares a reply with a reference reply.",

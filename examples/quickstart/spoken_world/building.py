@@ -55,14 +55,14 @@ def widened(path: Path, *, narrow: Path, words: Sequence[str], seed: int) -> Ste
     return StepAudio(path)
 
 
-def run_sft(config: str, *overrides: str, phases: Sequence[PhaseSettings] = ()) -> None:
-    """`rlaudio sft`; leaves with its code when it fails. `phases` take the place of the file's."""
+def run_recipe(config: str, *overrides: str, phases: Sequence[PhaseSettings] = ()) -> None:
+    """`rlaudio train`; leaves with its code when it fails. `phases` take the place of the file's."""
     if phases:
         written = ", ".join(
             "{" + ", ".join(f"{name}: {_yaml(value)}" for name, value in vars(phase).items()) + "}" for phase in phases
         )
         overrides = (*overrides, f"phases=[{written}]")
-    code = rlaudio(["sft", config, *overrides])
+    code = rlaudio(["train", config, *overrides])
     if code:
         sys.exit(code)
 

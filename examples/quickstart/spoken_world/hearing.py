@@ -28,7 +28,7 @@ from rlaudio.rewards.base import JudgeServices
 from rlaudio.rewards.generative import GenerativeJudge
 from rlaudio.runs import write_json_atomic
 from rlaudio.types import SAMPLE_RATE_HZ, AudioPart
-from spoken_world.building import run_sft, served, write_card
+from spoken_world.building import run_recipe, served, write_card
 from spoken_world.heard_pairs import PROPERTIES, HeardPair, heard_pairs, heard_rows, speak
 
 NUM_TRAIN = 1500
@@ -74,7 +74,7 @@ def build_hearing_judge(
     phase = PhaseSettings(
         name="hearing", data=str(data), steps=STEPS, rows_per_step=48, lr=1e-3, warmup_steps=20, cosine=True
     )
-    run_sft("hearing_judge.yaml", f"run.seed={seed}", f"run.output={output}", f"clips={work}", phases=[phase])
+    run_recipe("hearing_judge.yaml", f"run.seed={seed}", f"run.output={output}", f"clips={work}", phases=[phase])
     figures = measure(output, work=work)
     heard, silenced, *_ = figures
     write_card(
