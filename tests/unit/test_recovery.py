@@ -98,8 +98,10 @@ class World:
         self.saved.append(step)
 
 
-async def train_world(world: World, *, first_step: int = 0, said: io.StringIO | None = None) -> None:
-    config = RunConfig(algorithm=AlgorithmSettings(max_staleness=0, groups_per_step=1, max_dropped_in_a_row=3))
+async def train_world(
+    world: World, *, first_step: int = 0, said: io.StringIO | None = None, staleness: int = 0
+) -> None:
+    config = RunConfig(algorithm=AlgorithmSettings(max_staleness=staleness, groups_per_step=1, max_dropped_in_a_row=3))
     config.run.steps, config.run.checkpoint_every = 1_000, 500
     parts: Any = Parts(
         prompts=PromptSource(RECORDS, seed=0),
@@ -157,6 +159,27 @@ async def test_a_stop_within_an_optimizer_step_saves_as_many_steps_as_the_learne
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
+    assert world.saved == [3] == [world.trained]
+
+
+class LosesItsEnginesWithinAStep(World):
+    """While the third optimizer step is under way; saving takes a moment, as it does."""
+
+    async def play(self, prompt: PromptRecord, *, group: int) -> Any:
+        if group == 3:
+            await self.third_step.wait()
+            raise EngineError("no actor is alive")
+        return await super().play(prompt, group=group)
+
+    async def save(self, step: int) -> None:
+        await asyncio.sleep(0.01)
+        await super().save(step)
+
+
+async def test_an_error_within_an_optimizer_step_saves_as_many_steps_as_the_learner_took() -> None:
+    world = LosesItsEnginesWithinAStep()
+    with pytest.raises(EngineError, match="no actor is alive"):
+        await train_world(world, staleness=1)
     assert world.saved == [3] == [world.trained]
 
 
