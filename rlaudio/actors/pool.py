@@ -262,6 +262,7 @@ class RewardPool:
                     if not late(answer) or not await self.pool.examine(member, asked_s=asked_s):
                         return answer, refs
                     partial = answer, refs
+                    losses.append(f"{member.name}: {late(answer)}")
                 except DEATHS as error:
                     self.pool.evict(member.name, reason=line(error))
                     losses.append(f"{member.name} died ({line(error)})")
