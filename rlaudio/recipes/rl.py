@@ -151,6 +151,7 @@ async def run_rl(
         num_resamples=config.evaluation.bootstrap,
     )
     held_out = held_out_trap(report, preference=trap_sources(config)["preference"])
+    # Of this process: what an earlier attempt of a resumed run did is in its curves.
     report["groups"] = {"trained": totals.num_groups, "dropped": dict(totals.drops)}
     report["trap"] = {"training": trap.report(), "held_out": held_out}
     return RunOutcome(before, after, report)

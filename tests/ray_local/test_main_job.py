@@ -1,10 +1,12 @@
 """The main job as a user runs it: real Ray, vLLM, DeepSpeed (two ranks), MLflow, sound; stopped and gone on with."""
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -101,7 +103,12 @@ def test_a_run_is_stopped_resumed_and_reported(world: Path, tmp_path: Path) -> N
     page = (run / "report.html").read_text()
     assert page.count("<audio") > 0
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']https?:", page)
-    assert (tmp_path / "mlflow.db").is_file()
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        stored = {name for (name,) in database.execute("select distinct key from metrics")}
+    for source in ("verified", "judge"):
+        assert {f"reward/{source}", f"share/{source}"} <= stored, "each source has curves of its own in MLflow"
+    assert {"detail/verified/correct", "detail/judge/consistent", "style/warm", "judge/asked"} <= stored
+    assert report["groups"]["trained"] == 2 * 2
     assert (run / "model" / "model.safetensors").is_file()
 
 

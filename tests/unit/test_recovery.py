@@ -413,9 +413,10 @@ DEATHS = [EngineDeadError("the engine is dead: out of memory"), RayActorError()]
 async def test_a_dead_judge_is_left_out_and_another_one_asked(death: Exception) -> None:
     said: list[str] = []
     ended: list[Any] = []
-    pool = judges(said, ended, dying(death), lambda: "header")
+    header: Any = SimpleNamespace(late="")
+    pool = judges(said, ended, dying(death), lambda: header)
     scored = await pool.judge(PLAYED)
-    assert (scored.header, scored.ref) == ("header", "experience")
+    assert (scored.header, scored.ref) == (header, "experience")
     assert (pool.pool.num_alive, len(ended), len(said)) == (1, 1, 1)
     assert said[0].startswith(f"reward-0 is left out, 1 of 2 rewards actors go on: {type(death).__name__}")
 
