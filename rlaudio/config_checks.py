@@ -58,6 +58,7 @@ from rlaudio.data.lines import KEEPS
 from rlaudio.evals.summary import RESERVED_SETS
 from rlaudio.rewards.levels import MAX_LEVELS
 from rlaudio.rewards.scope import NEEDS
+from rlaudio.secrets import has_url_password, is_secret_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +261,7 @@ def run_problems(config: RunConfig) -> list[str]:
     return [
         *recipe_problem(config.recipe, wanted="rl"),
         *value_problems(config),
+        *secret_problems(config),
         *_algorithm_problems(config),
         *learner_problems(config.learner, dtype=config.model.dtype),
         *_rollout_problems(config),
@@ -278,6 +280,7 @@ def sft_problems(config: SftConfig) -> list[str]:
     return [
         *recipe_problem(config.recipe, wanted="sft"),
         *value_problems(config),
+        *secret_problems(config),
         *learner_problems(config.learner, dtype=config.model.dtype),
         *unused_problems(config.learner),
         *phase_problems(config.phases),
@@ -287,6 +290,29 @@ def sft_problems(config: SftConfig) -> list[str]:
 def recipe_problem(found: str, *, wanted: str) -> list[str]:
     """What is wrong with `recipe`, in the command that runs `wanted`."""
     return [] if found == wanted else [f"recipe is {found!r} and this command runs {wanted!r}: use `rlaudio train`"]
+
+
+def secret_problems(value: Any, *, key: str = "") -> Iterator[str]:
+    """Texts in `value` and everything below it that are secrets, by their setting's name or as an address's password.
+
+    A configuration is written into run folders, logs and MLflow.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items: list[tuple[str, Any]] = [(one.name, getattr(value, one.name)) for one in dataclasses.fields(value)]
+    elif isinstance(value, Mapping):
+        items = [(str(name), item) for name, item in value.items()]
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from secret_problems(item, key=f"{key}[{index}]")
+        return
+    else:
+        if isinstance(value, str) and value and is_secret_name(key):
+            yield f"{key} holds a secret: set it as a variable of the nodes' environment, and name that variable here"
+        elif isinstance(value, str) and has_url_password(value) and not key.endswith("endpoint.url"):
+            yield f"{key} holds an address with a password: leave both out, and set them in the environment"
+        return
+    for name, item in items:
+        yield from secret_problems(item, key=f"{key}.{name}" if key else name)
 
 
 # ---- single values ------------------------------------------------------------------------------------------------

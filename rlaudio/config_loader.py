@@ -20,8 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from rlaudio.errors import ConfigError
+from rlaudio.secrets import MASK, is_secret_name, masked
 
 T = TypeVar("T")
+
+MAX_CONFIG_BYTES = 1 << 20
+"""YAML takes many times its size in memory."""
 
 
 def load_config(
@@ -102,6 +106,8 @@ def code_path(config_path: str | Path) -> str:
 
 def _read_yaml(path: Path) -> DictConfig:
     try:
+        if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path} has {size} bytes: no configuration needs more than {MAX_CONFIG_BYTES}")
         tree = OmegaConf.load(path)
     except OSError as error:
         raise ConfigError(f"{path}: the configuration cannot be read ({error.strerror}): check the path") from error
@@ -257,8 +263,13 @@ def _type_name(expected: Any) -> str:
 
 
 def _complaint(path: Path, overrides: Sequence[str], problems: Sequence[str]) -> str:
-    place = f"{path}" + (f" with {' '.join(overrides)}" if overrides else "")
+    place = f"{path}" + (f" with {' '.join(_shown(one) for one in overrides)}" if overrides else "")
     return f"{place}: " + (problems[0] if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems))
+
+
+def _shown(override: str) -> str:
+    key, separator, _ = override.partition("=")
+    return f"{key}={MASK}" if separator and is_secret_name(key) else masked(override)
 
 
 def _one_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rlaudio.cli import cluster, submit
 from rlaudio.cli.data import add_data_commands
 from rlaudio.errors import RlaudioError
+from rlaudio.secrets import masked
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return sft_command(arguments.config, arguments.overrides)
     except RlaudioError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(masked(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # a command that has something to save does so and says it
         print(f"stopped: rlaudio {arguments.command} wrote nothing more", file=sys.stderr)

@@ -82,7 +82,7 @@ def _submit(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     )
     client = connect(arguments.address)
     _say(_summary(package))
-    send(client, package, asked)
+    send(client, package, asked, told=_say)
     _say(f"job: {asked.job_id}")
     again = shlex.join(["rlaudio", "submit", arguments.config, "--address", arguments.address, *overrides])
     if arguments.no_follow:

@@ -32,6 +32,7 @@ from rlaudio.preflight import (
 )
 from rlaudio.registry import load_object
 from rlaudio.runs import RunFolder, create_run, find_run, open_run, write_json_atomic, write_text_atomic
+from rlaudio.secrets import masked
 
 if TYPE_CHECKING:
     from rlaudio.recipes.rl import RunOutcome
@@ -192,7 +193,7 @@ def _flat(text: str) -> dict[str, object]:
             for key, value in node.items():
                 walk(f"{prefix}.{key}" if prefix else str(key), value)
         else:
-            flat[prefix] = node
+            flat[prefix] = masked(node) if isinstance(node, str) else node
 
     walk("", yaml.safe_load(text))
     return flat

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 STOP_WAIT_S = 600
 """How long a stopped job may take for its checkpoint before it is killed; Ray 2.60 gives 3 s unless told."""
-_ALWAYS_PASSED = ("RLAUDIO_MODELS", "HF_HUB_OFFLINE", "MLFLOW_TRACKING_URI")
+READY_DEADLINE_S = 180.0
+"""Between a dashboard that answers and one that takes jobs lie seconds, on a busy machine a minute."""
+_NOT_READY = "No available agent to submit job"
+"""What Ray 2.60 says meanwhile, with status 500."""
+_ALWAYS_PASSED = ("RLAUDIO_MODELS", "HF_HUB_OFFLINE")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -95,8 +99,21 @@ def order(
     )
 
 
-def send(client: JobSubmissionClient, package: Package, asked: Order) -> None:
-    """Upload the package and start the job. Raises ClusterError: the head refuses it."""
+def send(
+    client: JobSubmissionClient,
+    package: Package,
+    asked: Order,
+    *,
+    deadline_s: float = READY_DEADLINE_S,
+    pause_s: float = 2.0,
+    told: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Upload the package and start the job. A head that has just come up is asked again until it takes jobs.
+
+    Raises:
+        ClusterError: the head refuses the job, or takes none within `deadline_s`.
+    """
+    until = time.monotonic() + deadline_s
     with tempfile.TemporaryDirectory(prefix="rlaudio-") as folder:
         path = Path(folder) / "package.zip"
         replace(package, secrets=asked.secrets).write(path)
@@ -104,15 +121,21 @@ def send(client: JobSubmissionClient, package: Package, asked: Order) -> None:
         runtime_env: dict[str, Any] = {"working_dir": str(path), "env_vars": asked.env_vars}
         if asked.secrets:
             runtime_env["worker_process_setup_hook"] = HOOK
-        try:
-            client.submit_job(
-                entrypoint=asked.entrypoint,
-                submission_id=asked.job_id,
-                runtime_env=runtime_env,
-                metadata=asked.metadata,
-            )
-        except (RuntimeError, ValueError) as error:
-            raise ClusterError(f"the head refuses the job: {masked(str(error))}") from error
+        while True:
+            try:
+                client.submit_job(
+                    entrypoint=asked.entrypoint,
+                    submission_id=asked.job_id,
+                    runtime_env=runtime_env,
+                    metadata=asked.metadata,
+                )
+            except (RuntimeError, ValueError) as error:
+                if _NOT_READY not in str(error) or time.monotonic() > until:
+                    raise ClusterError(f"the head refuses the job: {masked(str(error))}") from error
+                told("the head takes no jobs yet, asking again")
+                time.sleep(pause_s)
+            else:
+                return
 
 
 def git_commit(folder: Path) -> str:

@@ -22,7 +22,7 @@ from rlaudio.jobs import passed
 from rlaudio.jobs.follow import Reported, follow
 from rlaudio.jobs.head import connect, dashboard_url, find_token
 from rlaudio.jobs.package import pack
-from rlaudio.jobs.submission import order
+from rlaudio.jobs.submission import order, send
 from rlaudio.runs import create_run
 
 CONFIG = """
@@ -162,6 +162,33 @@ def test_secrets_travel_in_a_file_of_their_owner(folder: Path, tmp_path: Path, m
 def test_a_run_is_resumed_by_an_absolute_path(folder: Path) -> None:
     with pytest.raises(ConfigError, match="absolute"):
         made(folder, resume="runs/mine")
+
+
+class NewHead:
+    """Takes jobs at the third time of asking, or refuses."""
+
+    def __init__(self, refusal: str) -> None:
+        self.refusal, self.asked = refusal, 0
+
+    def submit_job(self, **order: Any) -> None:
+        self.asked += 1
+        assert Path(order["runtime_env"]["working_dir"]).is_file()
+        if self.asked < 3:
+            raise RuntimeError(f"Request failed with status code 500: {self.refusal}")
+
+
+def test_a_head_that_comes_up_is_asked_again_and_one_that_refuses_is_not(folder: Path) -> None:
+    package = pack(load_config(RunConfig, folder / "config.yaml"), folder / "config.yaml")
+    new: Any = NewHead("No available agent to submit job, please try again later.")
+    send(new, package, made(folder), pause_s=0)
+    assert new.asked == 3
+    refusing: Any = NewHead("Submission id exists")
+    with pytest.raises(ClusterError, match="refuses the job.*Submission id exists"):
+        send(refusing, package, made(folder), pause_s=0)
+    assert refusing.asked == 1
+    late: Any = NewHead("No available agent to submit job")
+    with pytest.raises(ClusterError, match="No available agent"):
+        send(late, package, made(folder), pause_s=0, deadline_s=-1)
 
 
 # ---- the head -----------------------------------------------------------------------------------------------------
