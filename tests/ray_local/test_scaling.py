@@ -15,7 +15,7 @@ import ray
 from rlaudio.config import AlgorithmSettings, RunConfig
 from rlaudio.errors import EngineError
 from rlaudio.recipes.control import DESK, Command
-from rlaudio.runs import RunFolder, create_run
+from rlaudio.runs import create_run
 from tests.conftest import ROOT
 from tests.fake_workers import LiveRun
 
@@ -42,11 +42,12 @@ def require_whole(run: LiveRun) -> None:
     assert not [line for line in run.told if "left out" in line or "given up" in line]
 
 
-async def command(folder: RunFolder, *arguments: str) -> str:
-    """What `rlaudio scale` prints, in a process of its own."""
+async def command(run: str | Path, *arguments: str) -> str:
+    """What `rlaudio scale` prints, in a process of its own that has joined this Ray."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "rlaudio.cli.main", "scale", str(folder.path), *arguments,
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        sys.executable, "-m", "rlaudio.cli.main", "scale", str(run), *arguments, cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     out, err = await process.communicate()
     assert process.returncode == 0, err.decode()
@@ -59,14 +60,14 @@ async def test_one_three_one_rollout_actors_by_command(tmp_path: Path) -> None:
         async with run.running():
             before = await run.until_trained(9)
             first = len(run.trained)
-            said = await command(folder, "rollout=3")
+            said = await command(folder.path, "rollout=3")
             assert "asked for rollout=3" in said and "rollout: 3 of 3 work" in said
             three = len(run.trained)
             during = await run.until_trained(30)
-            assert "rollout: 1 of 1 work" in await command(folder, "rollout=1")
+            assert "rollout: 1 of 1 work" in await command(folder.path, "rollout=1")
             one = len(run.trained)
             after = await run.until_trained(12)
-            assert "rollout: 1 of 1 work" in await command(folder), "without sizes it only shows"
+            assert "rollout: 1 of 1 work" in await command(folder.path.name), "by its name, and only shown"
     require_whole(run)
     assert [len({actor for _, actor in part}) for part in (before, during)] == [1, 3]
     assert len({actor for _, actor in after[-6:]}) == 1
