@@ -41,11 +41,13 @@ def _run(config: RewardModelConfig, folder: RunFolder) -> int:
     from rlaudio.recipes.reward_model import (
         judge_config,
         read_judge_data,
+        resource_needs,
         sft_config,
         trained_policy,
         write_agreement,
     )
     from rlaudio.recipes.sft import run_sft
+    from rlaudio.rewards.judged_sets import Figures
 
     data = read_judge_data(config)
     print(f"{sum(rows.num_rows for rows in data.rows.values())} rows to learn from, {len(data.heldout)} held out")
@@ -67,19 +69,24 @@ def _run(config: RewardModelConfig, folder: RunFolder) -> int:
             )
         )
     tracker = Trackers(*trackers)
-    learner, served = config.learner, config.calibration
+
+    async def measured(progress: Progress) -> dict[str, Figures]:
+        return await measure_judge(judge_config(config), data.sets, folder=folder.path, progress=progress)
+
     status: Status = "FAILED"
     stopped = folder.path / "stopped"
     try:
-        needs = {"learner": (learner.ranks * learner.num_cpus, learner.ranks * learner.num_gpus)}
+        needs = resource_needs(config)
         with Progress() as progress, joined_ray(needs):
             asyncio.run(run_sft(supervised, tracker=tracker, progress=progress, stopped=stopped, rows=data.rows))
-        if agreement is not None:
+            if agreement is None:
+                found = asyncio.run(measured(progress))
+        if agreement is not None:  # it joins Ray by itself
             if code := train_command(str(agreement), (), resume=None):
                 return code
             shutil.copytree(trained_policy(folder.path), config.run.output, dirs_exist_ok=True)
-        with Progress() as progress, joined_ray({"calibration": (served.num_cpus, served.num_gpus)}):
-            found = asyncio.run(measure_judge(judge_config(config), data.sets, folder=folder.path, progress=progress))
+            with Progress() as progress, joined_ray(needs):
+                found = asyncio.run(measured(progress))
         for name, figures in found.items():
             tracker.log({f"calibration/{name}/{key}": value for key, value in _numbers(figures.to_json())}, step=0)
         status = "FINISHED"

@@ -132,6 +132,17 @@ def judge_config(config: RewardModelConfig) -> JudgeConfig:
     )
 
 
+def resource_needs(config: RewardModelConfig) -> dict[str, tuple[float, float]]:
+    """What Ray is asked for: the learner has ended when the judge is served."""
+    learner, served = config.learner, config.calibration
+    return {
+        "learner or judge": (
+            max(learner.ranks * learner.num_cpus, served.num_cpus),
+            max(learner.ranks * learner.num_gpus, served.num_gpus),
+        )
+    }
+
+
 # ---- reinforcement learning on agreement --------------------------------------------------------------------------
 
 
