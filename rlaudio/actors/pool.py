@@ -26,6 +26,14 @@ JUDGE_ATTEMPTS = 2
 """Actors that are asked for one judgment; a group whose judging ends both is dropped."""
 
 
+Place = Callable[[str], Mapping[str, Any]]
+
+
+def anywhere(role: str) -> Mapping[str, Any]:
+    """Leaves it to Ray."""
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class PlayedGroup:
     """A played group: its header here, its dialogues (Arrow rows) in Ray's object store.
@@ -82,6 +90,7 @@ class RolloutPool:
         config: the run's.
         environment: variables of every actor.
         told: see `ActorPool`.
+        place: role -> Ray's options that say where its next actor goes.
         pool: actors that run already, for tests; None makes the configured ones.
     """
 
@@ -91,14 +100,17 @@ class RolloutPool:
         *,
         environment: Mapping[str, str],
         told: Callable[[str], None] = _LOG.warning,
+        place: Place = anywhere,
         pool: ActorPool | None = None,
     ) -> None:
         self._config = config
         self._purpose = f"run{config.run.seed}"
-        self.pool = pool or self._make_pool(config, environment, told)
+        self.pool = pool or self._make_pool(config, environment, told, place)
 
     @staticmethod
-    def _make_pool(config: RunConfig, environment: Mapping[str, str], told: Callable[[str], None]) -> ActorPool:
+    def _make_pool(
+        config: RunConfig, environment: Mapping[str, str], told: Callable[[str], None], place: Place
+    ) -> ActorPool:
         rollout = config.rollout
         extra = serving_environment(
             rollout.engine, model=config.model.path, dtype=config.model.dtype, on_gpu=rollout.num_gpus > 0
@@ -108,7 +120,9 @@ class RolloutPool:
         return ActorPool(
             "rollout",
             {
-                f"rollout-{i}": remote.options(**options).remote(config, on_gpu=rollout.num_gpus > 0)
+                f"rollout-{i}": remote.options(**options, **place("rollout")).remote(
+                    config, on_gpu=rollout.num_gpus > 0
+                )
                 for i in range(rollout.actors)
             },
             alive_deadline_s=rollout.alive_deadline_s,
@@ -170,6 +184,7 @@ class RewardPool:
         config: the run's.
         environment: variables of every actor.
         told: see `ActorPool`.
+        place: as of `RolloutPool`.
         pool: actors that run already, for tests; None makes the configured ones.
     """
 
@@ -179,13 +194,16 @@ class RewardPool:
         *,
         environment: Mapping[str, str],
         told: Callable[[str], None] = _LOG.warning,
+        place: Place = anywhere,
         pool: ActorPool | None = None,
     ) -> None:
         self._config = config
-        self.pool = pool or self._make_pool(config, environment, told)
+        self.pool = pool or self._make_pool(config, environment, told, place)
 
     @staticmethod
-    def _make_pool(config: RunConfig, environment: Mapping[str, str], told: Callable[[str], None]) -> ActorPool:
+    def _make_pool(
+        config: RunConfig, environment: Mapping[str, str], told: Callable[[str], None], place: Place
+    ) -> ActorPool:
         rewards = config.rewards
         extra: dict[str, str] = {}
         if rewards.judge_model.path:
@@ -200,7 +218,7 @@ class RewardPool:
         return ActorPool(
             "rewards",
             {
-                f"reward-{i}": remote.options(**options).remote(config, on_gpu=rewards.num_gpus > 0)
+                f"reward-{i}": remote.options(**options, **place("rewards")).remote(config, on_gpu=rewards.num_gpus > 0)
                 for i in range(rewards.actors)
             },
             alive_deadline_s=rewards.alive_deadline_s,

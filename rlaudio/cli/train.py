@@ -104,7 +104,7 @@ def _run(config: RunConfig, data: RunData, folder: RunFolder, *, resume: bool) -
     tracker.log_params(_flat(to_yaml(config)))
     status: Status = "FAILED"
     try:
-        with Progress() as progress, joined_ray(resource_needs(config)):
+        with Progress() as progress, joined_ray(resource_needs(config), waits=True):
             installed = installed_in_s()
             outcome = asyncio.run(
                 run_rl(

@@ -30,6 +30,7 @@ from rlaudio.observe.trap import TrapMonitor, held_out_trap
 from rlaudio.recipes.checkpoints import CheckpointStore, DriverState
 from rlaudio.recipes.cluster import actor_environment
 from rlaudio.recipes.doctor import PROBE_DEADLINE_S, examine_before_training, trainer_spec
+from rlaudio.recipes.places import reserve
 from rlaudio.registry import load_object
 from rlaudio.rewards.generative import GenerativeJudge
 from rlaudio.rewards.serving import JudgeHealth
@@ -262,9 +263,15 @@ async def running_actors(
         synced: hears of every broadcast of weights.
     """
     environment = actor_environment()
-    rollouts = RolloutPool(config, environment=environment, told=told)
-    rewards = RewardPool(config, environment=environment, told=told)
-    learner = LearnerGroup(trainer_spec(config, version), algorithm=config.algorithm, env_vars=environment)
+    places = await reserve(config, told=told)
+    rollouts = RolloutPool(config, environment=environment, told=told, place=places.options)
+    rewards = RewardPool(config, environment=environment, told=told, place=places.options)
+    learner = LearnerGroup(
+        trainer_spec(config, version),
+        algorithm=config.algorithm,
+        env_vars=environment,
+        place=lambda: places.options("learner"),
+    )
     weights = transport_of(
         config.sync,
         receivers=rollouts.pool,
@@ -286,6 +293,7 @@ async def running_actors(
         rollouts.pool.stop()
         rewards.pool.stop()
         await learner.stop()
+        places.release()
 
 
 async def _judges_health(pool: ActorPool) -> dict[str, Mapping[str, JudgeHealth] | None]:
