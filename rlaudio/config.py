@@ -411,6 +411,7 @@ class ClusterSettings:
     gpu_memory_gb: float = 0.0  # of one GPU, as it is sold; counted as 10^9 bytes
     cpus_per_node: int = 0
     memory_gb: float = 0.0  # of one node, 10^9 bytes
+    room_deadline_s: float = 600.0  # how long a run waits for room on the cluster it joined: nodes may have to start
 
 
 @dataclass

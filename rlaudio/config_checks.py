@@ -193,6 +193,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
     ClusterSettings: {
         "nodes": ZERO,
         "gpus_per_node": ZERO,
+        "room_deadline_s": ABOVE_ZERO,
         "gpu_memory_gb": ZERO,
         "cpus_per_node": ZERO,
         "memory_gb": ZERO,

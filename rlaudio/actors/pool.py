@@ -26,7 +26,16 @@ JUDGE_ATTEMPTS = 2
 """Actors that are asked for one judgment; a group whose judging ends both is dropped."""
 
 
+<<<<<<< HEAD
 StartCall = Callable[[ActorHandle[Any]], ray.ObjectRef]
+=======
+Place = Callable[[str], Mapping[str, Any]]
+
+
+def anywhere(role: str) -> Mapping[str, Any]:
+    """Leaves it to Ray."""
+    return {}
+>>>>>>> h_submit
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +94,7 @@ class RolloutPool:
         config: the run's.
         environment: variables of every actor.
         told: see `ActorPool`.
+        place: role -> Ray's options that say where its next actor goes.
         pool: actors that run already, for tests; None makes the configured ones.
     """
 
@@ -94,15 +104,40 @@ class RolloutPool:
         *,
         environment: Mapping[str, str],
         told: Callable[[str], None] = _LOG.warning,
+        place: Place = anywhere,
         pool: ActorPool | None = None,
     ) -> None:
         self._config = config
         self._purpose = f"run{config.run.seed}"
+<<<<<<< HEAD
         self._environment = environment
         self.pool = pool or ActorPool(
             "rollout",
             {f"rollout-{i}": self.make() for i in range(config.rollout.actors)},
             alive_deadline_s=config.rollout.alive_deadline_s,
+=======
+        self.pool = pool or self._make_pool(config, environment, told, place)
+
+    @staticmethod
+    def _make_pool(
+        config: RunConfig, environment: Mapping[str, str], told: Callable[[str], None], place: Place
+    ) -> ActorPool:
+        rollout = config.rollout
+        extra = serving_environment(
+            rollout.engine, model=config.model.path, dtype=config.model.dtype, on_gpu=rollout.num_gpus > 0
+        )
+        options = _actor_options(rollout.num_cpus, rollout.num_gpus, {**environment, **extra})
+        remote = ray.remote(RolloutWorker)
+        return ActorPool(
+            "rollout",
+            {
+                f"rollout-{i}": remote.options(**options, **place("rollout")).remote(
+                    config, on_gpu=rollout.num_gpus > 0
+                )
+                for i in range(rollout.actors)
+            },
+            alive_deadline_s=rollout.alive_deadline_s,
+>>>>>>> h_submit
             told=told,
         )
 
@@ -176,6 +211,7 @@ class RewardPool:
         config: the run's.
         environment: variables of every actor.
         told: see `ActorPool`.
+        place: as of `RolloutPool`.
         pool: actors that run already, for tests; None makes the configured ones.
     """
 
@@ -185,9 +221,11 @@ class RewardPool:
         *,
         environment: Mapping[str, str],
         told: Callable[[str], None] = _LOG.warning,
+        place: Place = anywhere,
         pool: ActorPool | None = None,
     ) -> None:
         self._config = config
+<<<<<<< HEAD
         self._environment = environment
         self.pool = pool or ActorPool(
             "rewards",
@@ -199,6 +237,15 @@ class RewardPool:
     def make(self) -> ActorHandle[Any]:
         """As `RolloutPool.make`."""
         config, rewards = self._config, self._config.rewards
+=======
+        self.pool = pool or self._make_pool(config, environment, told, place)
+
+    @staticmethod
+    def _make_pool(
+        config: RunConfig, environment: Mapping[str, str], told: Callable[[str], None], place: Place
+    ) -> ActorPool:
+        rewards = config.rewards
+>>>>>>> h_submit
         extra: dict[str, str] = {}
         if rewards.judge_model.path:
             extra = serving_environment(
@@ -207,8 +254,22 @@ class RewardPool:
                 dtype=rewards.judge_model.dtype,
                 on_gpu=rewards.num_gpus > 0,
             )
+<<<<<<< HEAD
         options = _actor_options(rewards.num_cpus, rewards.num_gpus, {**self._environment, **extra})
         return ray.remote(RewardWorker).options(**options).remote(config, on_gpu=rewards.num_gpus > 0)
+=======
+        options = _actor_options(rewards.num_cpus, rewards.num_gpus, {**environment, **extra})
+        remote = ray.remote(RewardWorker)
+        return ActorPool(
+            "rewards",
+            {
+                f"reward-{i}": remote.options(**options, **place("rewards")).remote(config, on_gpu=rewards.num_gpus > 0)
+                for i in range(rewards.actors)
+            },
+            alive_deadline_s=rewards.alive_deadline_s,
+            told=told,
+        )
+>>>>>>> h_submit
 
     async def start(self) -> None:
         await self.pool.start(self.starting(), deadline_s=self._config.rewards.start_deadline_s)

@@ -123,7 +123,7 @@ def _run_whole(config: RunConfig, data: RunData, folder: RunFolder, stopping: St
     tracker.log_params(_flat(to_yaml(config)))
     status: Status = "FAILED"
     try:
-        with Progress() as progress, joined_ray(resource_needs(config)):
+        with Progress() as progress, joined_ray(resource_needs(config), waits=True):
             installed = installed_in_s()
             outcome = stopping.run(
                 run_rl(

@@ -7,7 +7,7 @@ The driver holds headers and references; experience and weights go from actor to
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,7 @@ class LearnerGroup:
         spec: what every rank builds.
         algorithm: of the policy steps; None when only supervised steps will be taken.
         env_vars: added to each rank's environment (for example PYTHONPATH).
+        place: Ray's options that say where the next rank goes.
     """
 
     def __init__(
@@ -60,10 +61,12 @@ class LearnerGroup:
         *,
         algorithm: AlgorithmSettings | None = None,
         env_vars: Mapping[str, str] | None = None,
+        place: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self._spec = spec
         self._algorithm = algorithm
         self._env_vars = _environment(spec, env_vars or {})
+        self._place = place
         self._actors: list[Any] = []
         self._failed: str | None = None
         self._num_calls = 0
@@ -84,10 +87,14 @@ class LearnerGroup:
         # Weights are sent beside training: from threads of their own, where the rank is asked to send them.
         groups = {SENDING: SENDING_THREADS} if self._spec.sync.transport == "collective" else None
         remote = ray.remote(concurrency_groups=groups)(_RankActor) if groups else ray.remote(_RankActor)
-        actor = remote.options(
-            num_cpus=learner.num_cpus, num_gpus=learner.num_gpus, runtime_env={"env_vars": self._env_vars}
-        )
-        self._actors = [actor.remote(rank, learner.ranks) for rank in range(learner.ranks)]
+        options = {
+            "num_cpus": learner.num_cpus,
+            "num_gpus": learner.num_gpus,
+            "runtime_env": {"env_vars": self._env_vars},
+        }
+        self._actors = [
+            remote.options(**options, **self._place()).remote(rank, learner.ranks) for rank in range(learner.ranks)
+        ]
         deadline = learner.start_deadline_s
         address = (await self._all("open_store", deadline_s=deadline))[0]
         await self._all("build", self._spec, address, deadline_s=deadline)

@@ -18,11 +18,12 @@ def actor_environment() -> dict[str, str]:
 
 
 @contextmanager
-def joined_ray(needs: Mapping[str, tuple[float, float]]) -> Iterator[None]:
+def joined_ray(needs: Mapping[str, tuple[float, float]], *, waits: bool = False) -> Iterator[None]:
     """Join the cluster that `RAY_ADDRESS` or `ray job submit` names, else start a private one and end it afterwards.
 
     Args:
         needs: role -> (CPUs, GPUs) that all its actors together ask for.
+        waits: whoever joins waits for room in a cluster (`recipes/places.py`), whose nodes may still have to start.
 
     Raises:
         ResourceError: the cluster is smaller than the run, or cannot be joined.
@@ -48,7 +49,8 @@ def joined_ray(needs: Mapping[str, tuple[float, float]]) -> Iterator[None]:
             f"cannot start on {where}: {error}; check RAY_ADDRESS, or unset it to run on this machine alone"
         ) from error
     try:
-        _require_resources(needs)
+        if not (address and waits):
+            _require_resources(needs)
         yield
     finally:
         ray.shutdown()

@@ -31,7 +31,11 @@ from rlaudio.recipes.checkpoints import CheckpointStore, DriverState
 from rlaudio.recipes.cluster import actor_environment
 from rlaudio.recipes.control import commanded
 from rlaudio.recipes.doctor import PROBE_DEADLINE_S, examine_before_training, trainer_spec
+<<<<<<< HEAD
 from rlaudio.recipes.scaling import Scaling, autoscaling, supervised
+=======
+from rlaudio.recipes.places import reserve
+>>>>>>> h_submit
 from rlaudio.registry import load_object
 from rlaudio.rewards.generative import GenerativeJudge
 from rlaudio.rewards.serving import JudgeHealth
@@ -271,10 +275,23 @@ async def running_actors(
         synced: hears of every broadcast of weights.
     """
     environment = actor_environment()
+<<<<<<< HEAD
     rollouts = RolloutPool(config, environment=environment, told=told)
     rewards = RewardPool(config, environment=environment, told=told)
     learner = LearnerGroup(trainer_spec(config, version), algorithm=config.algorithm, env_vars=environment)
     transport = transport_of(
+=======
+    places = await reserve(config, told=told)
+    rollouts = RolloutPool(config, environment=environment, told=told, place=places.options)
+    rewards = RewardPool(config, environment=environment, told=told, place=places.options)
+    learner = LearnerGroup(
+        trainer_spec(config, version),
+        algorithm=config.algorithm,
+        env_vars=environment,
+        place=lambda: places.options("learner"),
+    )
+    weights = transport_of(
+>>>>>>> h_submit
         config.sync,
         receivers=rollouts.pool,
         senders=learner,
@@ -301,6 +318,7 @@ async def running_actors(
         rollouts.pool.stop()
         rewards.pool.stop()
         await learner.stop()
+        places.release()
 
 
 @asynccontextmanager

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import psutil
 import requests
 
 START_DEADLINE_S = 300.0
+ATTEMPTS = 4
 _PORT_OPTIONS = (
     "--port",
     "--dashboard-port",
@@ -45,10 +46,31 @@ class Head:
 @contextmanager
 def running_head(*, num_cpus: int = 4) -> Iterator[Head]:
     """Start a head, wait until it takes jobs, end it and everything that it started."""
-    folder = Path(tempfile.mkdtemp(prefix="rlh", dir="/tmp"))  # Ray's sockets have names of at most 107 characters
-    head = Head(folder, os.urandom(24).hex(), free_ports())
-    with (folder / "head.log").open("w") as log:
-        process = subprocess.Popen(
+    for attempt in range(1, ATTEMPTS + 1):
+        folder = Path(tempfile.mkdtemp(prefix="rlh", dir="/tmp"))  # Ray's sockets have names of at most 107 characters
+        head = Head(folder, os.urandom(24).hex(), free_ports())
+        process = start(head, num_cpus=num_cpus)
+        try:
+            try:
+                wait_until_ready(head, process)
+            except StillbornError:
+                if attempt == ATTEMPTS:
+                    raise
+                continue
+            yield head
+            return
+        finally:
+            end_tree(process, folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class StillbornError(Exception):
+    """The head's raylet gave up. Ray 2.60 gives its agents 15 s to import, with no setting for it, and dies after."""
+
+
+def start(head: Head, *, num_cpus: int) -> "subprocess.Popen[bytes]":
+    with (head.folder / "head.log").open("w") as log:
+        return subprocess.Popen(
             [
                 *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
                 *("--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1", "--include-dashboard", "true"),
@@ -56,19 +78,13 @@ def running_head(*, num_cpus: int = 4) -> Iterator[Head]:
                 *("--min-worker-port", "0", "--max-worker-port", "0"),
                 *(word for option, port in head.ports.items() for word in (option, str(port))),
                 *("--num-cpus", str(num_cpus), "--num-gpus", "0", "--object-store-memory", str(256 << 20)),
-                *("--temp-dir", str(folder / "ray"), "--disable-usage-stats"),
+                *("--temp-dir", str(head.folder / "ray"), "--disable-usage-stats"),
             ],
             env=head_environment(head),
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    try:
-        wait_until_ready(head, process)
-        yield head
-    finally:
-        end_tree(process)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def head_environment(head: Head) -> dict[str, str]:
@@ -91,31 +107,47 @@ def free_ports() -> dict[str, int]:
 
 
 def wait_until_ready(head: Head, process: "subprocess.Popen[bytes]") -> None:
+    """Return when the node has joined and its dashboard answers.
+
+    Raises:
+        StillbornError: the raylet gave up, so another start may do better.
+    """
     until = time.monotonic() + START_DEADLINE_S
+    log = head.folder / "head.log"
     while True:
-        try:
-            answer = requests.get(
-                f"{head.address}/api/jobs/", headers={"Authorization": f"Bearer {head.token}"}, timeout=5
-            )
-            if answer.status_code == 200:
-                return
-            last = f"{answer.status_code}: {answer.text}"
-        except requests.RequestException as error:
-            last = str(error)
+        last = "the node has not joined yet"
+        if "Ray runtime started" in log.read_text():
+            try:
+                header = {"Authorization": f"Bearer {head.token}"}
+                answer = requests.get(f"{head.address}/api/jobs/", headers=header, timeout=5)
+                if answer.status_code == 200:
+                    return
+                last = f"{answer.status_code}: {answer.text}"
+            except requests.RequestException as error:
+                last = str(error)
+        for raylet in (head.folder / "ray").glob("session_2*/logs/raylet.out"):
+            if "Check failed" in (told := raylet.read_text(errors="replace")):
+                raise StillbornError(told[told.index("Check failed") :][:500])
         if process.poll() is not None or time.monotonic() > until:
-            log = (head.folder / "head.log").read_text()
-            raise AssertionError(f"the head did not come up ({last}); its log:\n{log}")
+            raise AssertionError(f"the head did not come up ({last}); its log:\n{log.read_text()}")
         time.sleep(0.2)
 
 
-def end_tree(process: "subprocess.Popen[bytes]") -> None:
-    """Ray gives its workers process groups of their own, so they are found as descendants before the head ends."""
+def end_tree(process: "subprocess.Popen[bytes]", folder: Path) -> None:
+    """Ray gives its workers process groups of their own, so they are found as descendants before the head ends.
+
+    What a raylet that died has left is nobody's descendant any more, and is known by this head's folder.
+    """
     try:
         tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
         tree = []
+    for one in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(str(folder) in word for word in one.cmdline()):
+                tree.append(one)
     for one in tree:
-        if one.is_running():  # compares start times: never another process with the same number
-            one.kill()
+        with suppress(psutil.NoSuchProcess):
+            one.kill()  # compares start times: never another process with the same number
     psutil.wait_procs(tree, timeout=20)
     process.wait(timeout=20)
