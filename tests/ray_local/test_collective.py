@@ -25,8 +25,7 @@ pytestmark = pytest.mark.timeout(400)
 
 NUM_RANKS = 2
 DEADLINE_S = 48.0
-"""Waits, not work: long, because every step has a sixth of it or more on a busy machine; torch 2.13 alone takes 5 s now
-and then to connect to a store."""
+"""Waits, not work: long, because every step has a sixth of it or more on a busy machine."""
 SLACK_S = 30.0
 """For the same machine: what waits for ever waits for longer."""
 

@@ -27,8 +27,7 @@ from tests.weight_world import FakeRanks, Pool, ReceivingActor
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(400)]
 
 DEADLINES_S = {"object_store": 12.0, "collective": 48.0}
-"""Waits, not work: long, because on a busy machine each step of the survivor has a sixth of it, or all. Connecting to a
-store of torch 2.13 alone took 5 s now and then."""
+"""Waits, not work: long, because on a busy machine each step of the survivor has a sixth of it, or all."""
 SLACK_S = 30.0
 """For a driver on a busy machine. What would wait for ever waits for longer: gloo's own patience is minutes."""
 NUM_VALUES = 3 << 20
