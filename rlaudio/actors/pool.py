@@ -26,16 +26,13 @@ JUDGE_ATTEMPTS = 2
 """Actors that are asked for one judgment; a group whose judging ends both is dropped."""
 
 
-<<<<<<< HEAD
 StartCall = Callable[[ActorHandle[Any]], ray.ObjectRef]
-=======
 Place = Callable[[str], Mapping[str, Any]]
 
 
 def anywhere(role: str) -> Mapping[str, Any]:
     """Leaves it to Ray."""
     return {}
->>>>>>> h_submit
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,35 +106,11 @@ class RolloutPool:
     ) -> None:
         self._config = config
         self._purpose = f"run{config.run.seed}"
-<<<<<<< HEAD
-        self._environment = environment
+        self._environment, self._place = environment, place
         self.pool = pool or ActorPool(
             "rollout",
             {f"rollout-{i}": self.make() for i in range(config.rollout.actors)},
             alive_deadline_s=config.rollout.alive_deadline_s,
-=======
-        self.pool = pool or self._make_pool(config, environment, told, place)
-
-    @staticmethod
-    def _make_pool(
-        config: RunConfig, environment: Mapping[str, str], told: Callable[[str], None], place: Place
-    ) -> ActorPool:
-        rollout = config.rollout
-        extra = serving_environment(
-            rollout.engine, model=config.model.path, dtype=config.model.dtype, on_gpu=rollout.num_gpus > 0
-        )
-        options = _actor_options(rollout.num_cpus, rollout.num_gpus, {**environment, **extra})
-        remote = ray.remote(RolloutWorker)
-        return ActorPool(
-            "rollout",
-            {
-                f"rollout-{i}": remote.options(**options, **place("rollout")).remote(
-                    config, on_gpu=rollout.num_gpus > 0
-                )
-                for i in range(rollout.actors)
-            },
-            alive_deadline_s=rollout.alive_deadline_s,
->>>>>>> h_submit
             told=told,
         )
 
@@ -148,7 +121,8 @@ class RolloutPool:
             rollout.engine, model=config.model.path, dtype=config.model.dtype, on_gpu=rollout.num_gpus > 0
         )
         options = _actor_options(rollout.num_cpus, rollout.num_gpus, {**self._environment, **extra})
-        return ray.remote(RolloutWorker).options(**options).remote(config, on_gpu=rollout.num_gpus > 0)
+        remote = ray.remote(RolloutWorker).options(**options, **self._place("rollout"))
+        return remote.remote(config, on_gpu=rollout.num_gpus > 0)
 
     async def start(self, version: WeightVersion) -> None:
         await self.pool.start(self.starting(version), deadline_s=self._config.rollout.start_deadline_s)
@@ -225,8 +199,7 @@ class RewardPool:
         pool: ActorPool | None = None,
     ) -> None:
         self._config = config
-<<<<<<< HEAD
-        self._environment = environment
+        self._environment, self._place = environment, place
         self.pool = pool or ActorPool(
             "rewards",
             {f"reward-{i}": self.make() for i in range(config.rewards.actors)},
@@ -237,15 +210,6 @@ class RewardPool:
     def make(self) -> ActorHandle[Any]:
         """As `RolloutPool.make`."""
         config, rewards = self._config, self._config.rewards
-=======
-        self.pool = pool or self._make_pool(config, environment, told, place)
-
-    @staticmethod
-    def _make_pool(
-        config: RunConfig, environment: Mapping[str, str], told: Callable[[str], None], place: Place
-    ) -> ActorPool:
-        rewards = config.rewards
->>>>>>> h_submit
         extra: dict[str, str] = {}
         if rewards.judge_model.path:
             extra = serving_environment(
@@ -254,22 +218,9 @@ class RewardPool:
                 dtype=rewards.judge_model.dtype,
                 on_gpu=rewards.num_gpus > 0,
             )
-<<<<<<< HEAD
         options = _actor_options(rewards.num_cpus, rewards.num_gpus, {**self._environment, **extra})
-        return ray.remote(RewardWorker).options(**options).remote(config, on_gpu=rewards.num_gpus > 0)
-=======
-        options = _actor_options(rewards.num_cpus, rewards.num_gpus, {**environment, **extra})
-        remote = ray.remote(RewardWorker)
-        return ActorPool(
-            "rewards",
-            {
-                f"reward-{i}": remote.options(**options, **place("rewards")).remote(config, on_gpu=rewards.num_gpus > 0)
-                for i in range(rewards.actors)
-            },
-            alive_deadline_s=rewards.alive_deadline_s,
-            told=told,
-        )
->>>>>>> h_submit
+        remote = ray.remote(RewardWorker).options(**options, **self._place("rewards"))
+        return remote.remote(config, on_gpu=rewards.num_gpus > 0)
 
     async def start(self) -> None:
         await self.pool.start(self.starting(), deadline_s=self._config.rewards.start_deadline_s)

@@ -31,11 +31,8 @@ from rlaudio.recipes.checkpoints import CheckpointStore, DriverState
 from rlaudio.recipes.cluster import actor_environment
 from rlaudio.recipes.control import commanded
 from rlaudio.recipes.doctor import PROBE_DEADLINE_S, examine_before_training, trainer_spec
-<<<<<<< HEAD
-from rlaudio.recipes.scaling import Scaling, autoscaling, supervised
-=======
 from rlaudio.recipes.places import reserve
->>>>>>> h_submit
+from rlaudio.recipes.scaling import Scaling, autoscaling, supervised
 from rlaudio.registry import load_object
 from rlaudio.rewards.generative import GenerativeJudge
 from rlaudio.rewards.serving import JudgeHealth
@@ -275,12 +272,6 @@ async def running_actors(
         synced: hears of every broadcast of weights.
     """
     environment = actor_environment()
-<<<<<<< HEAD
-    rollouts = RolloutPool(config, environment=environment, told=told)
-    rewards = RewardPool(config, environment=environment, told=told)
-    learner = LearnerGroup(trainer_spec(config, version), algorithm=config.algorithm, env_vars=environment)
-    transport = transport_of(
-=======
     places = await reserve(config, told=told)
     rollouts = RolloutPool(config, environment=environment, told=told, place=places.options)
     rewards = RewardPool(config, environment=environment, told=told, place=places.options)
@@ -290,8 +281,7 @@ async def running_actors(
         env_vars=environment,
         place=lambda: places.options("learner"),
     )
-    weights = transport_of(
->>>>>>> h_submit
+    transport = transport_of(
         config.sync,
         receivers=rollouts.pool,
         senders=learner,
