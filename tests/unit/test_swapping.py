@@ -88,6 +88,13 @@ def test_kept_caches_are_named_by_the_swap_and_others_are_shared() -> None:
     assert kept.salt(num_swaps=0) != kept.salt(num_swaps=1)
 
 
+def test_a_kept_cache_is_not_for_requests_without_a_token() -> None:
+    kept = SwapPolicy("in_flight", keep_kv_cache=True)
+    assert [kept.cuts(num_sampled=number) for number in (0, 1, 9)] == [True, False, False]
+    assert [SwapPolicy("abort").cuts(num_sampled=number) for number in (0, 9)] == [True, True]
+    assert [SwapPolicy("in_flight").cuts(num_sampled=number) for number in (0, 9)] == [False, False]
+
+
 def test_an_error_names_what_still_ran_and_counts_the_rest() -> None:
     turns = [f"t{i}" for i in range(5)]
     error = SwapPolicy("dialogue_ends").too_late(NEW, deadline_s=2.0, current=OLD, turns=turns, dialogues=["d"])

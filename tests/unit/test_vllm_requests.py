@@ -2,6 +2,8 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from rlaudio.engines.base import GenerationRequest, Sampling
 from rlaudio.engines.settings import EngineSettings, engine_environment
-from rlaudio.engines.vllm_requests import parse_version, to_prompt, to_ranges
+from rlaudio.engines.vllm_requests import parse_version, to_piece, to_prompt, to_ranges
 from rlaudio.errors import ConfigError, EngineError
 from rlaudio.types import SAMPLE_RATE_HZ, AudioClip, ClipSpan, EncodedClip, WeightVersion
 
@@ -123,3 +125,14 @@ def test_cpu_engines_are_kept_off_each_others_cores(tmp_path: Path) -> None:
     gpu = engine_environment(EngineSettings(model=str(tmp_path), max_model_len=8, device="cuda"))
     assert "OMP_NUM_THREADS" not in gpu
     assert "TORCH_COMPILE_DISABLE" not in gpu
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_tokens_behind_a_swap_that_kept_the_cache_are_marked_as_of_no_version(kept: bool) -> None:
+    request = GenerationRequest("r", np.array([5, 6], np.int32), Sampling(max_new_tokens=3))
+    spans = [SimpleNamespace(version="1.4", start=0, end=2), SimpleNamespace(version="1.5", start=2, end=3)]
+    logprobs = SimpleNamespace(logprobs=[-0.1, -0.2, -0.3])
+    said: Any = SimpleNamespace(token_ids=[7, 8, 9], logprobs=logprobs, weight_versions=spans)
+    output: Any = SimpleNamespace(prompt_token_ids=[5, 6], outputs=[said])
+    piece = to_piece(output, request, keep_kv_cache=kept)
+    assert [(span.version.number, span.mixed) for span in piece.version_spans] == [(4, False), (5, kept)]
