@@ -71,7 +71,9 @@ def finished(name: str) -> Run:
 
 def _read(folder: Path, store: Path) -> Run:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    run_id = json.loads((folder / "mlflow_run.json").read_text(encoding="utf-8"))["run_id"]
+    named = folder / "mlflow_run.json"
+    assert named.is_file(), "MLflow was not ready before the run ended: the machine is too busy, or steps are too few"
+    run_id = json.loads(named.read_text(encoding="utf-8"))["run_id"]
     curves: dict[str, list[float]] = {}
     with contextlib.closing(sqlite3.connect(store)) as database:
         query = "select key, value from metrics where run_uuid = ? order by key, step"
