@@ -4,7 +4,8 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from ray.util.placement_group import placement_group_table
 from rlaudio.config import RunConfig
 from rlaudio.errors import ClusterError
 from rlaudio.recipes.places import Places, reserve, wishes
+
+HEAD = {"num_cpus": 8, "num_gpus": 4, "include_dashboard": False}
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -39,12 +42,20 @@ def config_of(**changes: Any) -> RunConfig:
     return config
 
 
+def started(start: Callable[[], Any]) -> Any:
+    """Ray 2.60 gives a node's agents 15 s to import and ends the node after: a busy machine takes another go."""
+    for _ in range(3):
+        with suppress(Exception):
+            return start()
+    return start()
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Two nodes of four GPUs."""
     assert not ray.is_initialized()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 4})
-    cluster.add_node(num_cpus=8, num_gpus=4)
+    cluster = started(lambda: Cluster(initialize_head=True, head_node_args=HEAD))
+    started(lambda: cluster.add_node(num_cpus=8, num_gpus=4))
     before = os.environ.get("RAY_ADDRESS")
     os.environ["RAY_ADDRESS"] = cluster.address
     try:

@@ -14,7 +14,7 @@ CASES = Path(__file__).with_name("places_on_nodes.py")
 def test_places_on_two_nodes() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
     # 30 s by default: a second node is one more crowd of processes that import Ray.
-    patience = {"RAY_raylet_start_wait_time_s": "300", "RAY_gcs_server_request_timeout_seconds": "200"}
+    patience = {"RAY_raylet_start_wait_time_s": "60", "RAY_gcs_server_request_timeout_seconds": "200"}
     result = subprocess.run(
         command, cwd=CASES.parents[2], env=os.environ | patience, capture_output=True, text=True, timeout=1400
     )
