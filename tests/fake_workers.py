@@ -74,7 +74,7 @@ class JudgingActor:
 
     async def judge(self, record: PromptRecord, played: tuple[int, list[WeightVersion]]) -> tuple[Any, Any]:
         group, versions = played
-        return SimpleNamespace(has_signal=True, versions=(min(versions), max(versions)), group=group), played
+        return SimpleNamespace(has_signal=True, versions=(min(versions), max(versions)), group=group, late=""), played
 
 
 class PlayingPool(RolloutPool):
