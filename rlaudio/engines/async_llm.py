@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlaudio.aio import undisturbed
 from rlaudio.engines.base import Generation, GenerationRequest, SwapReport, WeightUpdate
 from rlaudio.engines.gate import SwapGate
 from rlaudio.engines.probe import ProcessedPrompt, TopLogprobs, process, to_top_logprobs
@@ -172,6 +173,14 @@ class AsyncLLMEngine:
 
     async def _output(self, request: GenerationRequest, *, num_top: int = 0) -> tuple[RequestOutput, bool]:
         """What the core answered, and whether a swap cut it off."""
+        output, was_cut = await self._answer(request, num_top=num_top)
+        if output.outputs[0].finish_reason == "error":
+            # A clip of a request that vLLM refused counts as sent, although the core never saw it. This answer made
+            # vLLM forget so: sent again, the clip comes along.
+            output, was_cut = await self._answer(request, num_top=num_top)
+        return output, was_cut
+
+    async def _answer(self, request: GenerationRequest, *, num_top: int) -> tuple[RequestOutput, bool]:
         collector, num_swaps = await self._admit(request, num_top=num_top)
         try:
             output = await _finished(collector)
@@ -193,7 +202,9 @@ class AsyncLLMEngine:
                 if not self._versioned:
                     await self._llm.update_weight_version(str(self._version))
                     self._versioned = True
-                return await self._llm.add_request(request.request_id, prompt, params), self._num_swaps
+                # Given up halfway, vLLM would take the clips for sent: the next request that names them would fail.
+                collector = await undisturbed(self._llm.add_request(request.request_id, prompt, params))
+                return collector, self._num_swaps
             except Exception as error:
                 raise self._failed(f"request {request.request_id!r}", error) from error
 

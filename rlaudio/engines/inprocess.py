@@ -40,6 +40,7 @@ from rlaudio.types import WeightVersion
 from rlaudio.weights.snapshot import to_torch, verify_update
 
 if TYPE_CHECKING:
+    from vllm import SamplingParams
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -303,7 +304,7 @@ class InProcessEngine:
         try:
             prompt = to_prompt(turn.part, salt=self.swap.salt(num_swaps=self._num_swaps))
             params = to_sampling_params(turn.part.sampling, num_top=turn.admission.num_top)
-            engine.add_request(name, prompt, params)
+            _add(engine, name, prompt, params)
         except Exception as error:  # vLLM refuses with many types; the request is lost, not the engine
             refusal = EngineError(f"request {name!r} was refused: {error}")
             refusal.__cause__ = error
@@ -421,6 +422,20 @@ class InProcessEngine:
     def _send_answers(self) -> None:
         answers, self._answers = self._answers, []
         send(answers)
+
+
+def _add(engine: LLMEngine, name: str, prompt: dict[str, Any], params: SamplingParams) -> None:
+    """As vLLM adds a request, with every clip that it takes for sent although it refused whoever brought it."""
+    from vllm.multimodal.cache import MultiModalCacheMissError
+
+    try:
+        engine.add_request(name, prompt, params)
+    except MultiModalCacheMissError as miss:
+        engine.abort_request([name])  # half of it was added
+        if (sent := engine.renderer.mm_processor_cache) is not None:
+            for clip in miss.mm_hashes:
+                sent.invalidate(clip)
+        engine.add_request(name, prompt, params)
 
 
 def _cut_off(turn: _Turn, output: RequestOutput) -> _Turn:

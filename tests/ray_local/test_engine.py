@@ -155,6 +155,27 @@ async def test_a_request_cancelled_before_it_is_seen_never_starts(world: World, 
     assert engine.num_running == 0
 
 
+async def test_whoever_is_given_up_halfway_spoils_no_clip_for_others(world: World, engine: Any) -> None:
+    """Between the engine's two processes a clip is sent once; who says that it was sent must have sent it."""
+    for number in range(24):
+        about = 50 + number  # a clip that nobody sent before
+        task = asyncio.create_task(engine.generate(world.request(f"gone{number}", world.sampling(200), about=about)))
+        await asyncio.sleep(number * 0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        after = await engine.generate(world.request(f"after{number}", world.sampling(2), about=about))
+        assert len(after.response_ids) == 2
+
+
+async def test_whoever_is_refused_spoils_no_clip_for_others(world: World, engine: Any) -> None:
+    lengths = (120_000,) * 8
+    with pytest.raises(EngineError, match="'long'.*longer than the maximum"):
+        await engine.generate(world.request("long", world.sampling(4), about=90, clip_lengths=lengths))
+    after = await engine.generate(world.request("short", world.sampling(2), about=90, clip_lengths=lengths[:1]))
+    assert len(after.response_ids) == 2
+
+
 # ---- what only the engine in process promises -----------------------------------------------------------------------
 
 

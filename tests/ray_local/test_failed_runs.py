@@ -61,16 +61,17 @@ def test_a_failed_run_says_so_everywhere(
         with create_run(root, name=name, seed=0) as folder:
             return train._run(config, RunData(train=[], heldout={}), folder, resume=False)
 
-    monkeypatch.setattr(cluster, "joined_ray", lambda needs: nullcontext())
+    monkeypatch.setattr(cluster, "joined_ray", lambda needs, **_: nullcontext())
     monkeypatch.setattr(rl, "run_rl", fails)
     monkeypatch.setattr(train, "train_command", train_command)
     monkeypatch.setattr(train, "to_yaml", lambda config: f"run: {{name: {name}}}")
+    (root / "config.yaml").write_text("")  # the command looks for the recipe in it
     if isinstance(failure, OSError):  # not ours: the traceback is the last thing said, and Python's exit code is 1
         with pytest.raises(OSError, match="No space left"):
-            command.main(["train", "config.yaml"])
+            command.main(["train", str(root / "config.yaml")])
         code, last = 1, f"OSError: {failure}"
     else:
-        code = command.main(["train", "config.yaml"])
+        code = command.main(["train", str(root / "config.yaml")])
         last = capsys.readouterr().err.rstrip().splitlines()[-1]
     (run,) = root.glob(f"{name}-*")
     stopped = isinstance(failure, KeyboardInterrupt)
