@@ -7,7 +7,6 @@ Rows name clips by hash and do not hold them: those lie in the clip store. Reada
 
 import hashlib
 import json
-import re
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from rlaudio.errors import SpoolError
 from rlaudio.experience.builder import check_schema
 
 _HEADER = b"rlaudio.header"
-_NAME = re.compile(r"(\d{9,})-[0-9a-f]{16}\.arrow")
 # Object stores show a file only once its stream is closed, and have no cheap rename.
 _ATOMIC_ON_CLOSE = frozenset({"s3", "gcs", "abfs"})
 
@@ -120,15 +118,14 @@ class Spool:
         """Delete a file; one that is gone already is no error."""
         self._remove(self._path(name))
 
-    def sweep(self, *, keep: Collection[int]) -> int:
-        """Delete the files of groups that are not in `keep`, and what writers left unfinished. How many they were.
+    def sweep(self, *, keep: Collection[str]) -> int:
+        """Delete the files that are not named in `keep`, and what writers left unfinished. How many they were.
 
         For a start, when nobody writes: a half-written file may be somebody's.
         """
         doomed = []
         for info in self._listed():
-            found = _NAME.fullmatch(info.base_name)
-            if info.type == fs.FileType.File and (found is None or int(found[1]) not in keep):
+            if info.type == fs.FileType.File and info.base_name not in keep:
                 doomed.append(info.path)
         for path in doomed:
             self._remove(path)

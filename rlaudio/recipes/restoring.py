@@ -72,7 +72,7 @@ def remembering(
             )
             returned = ledger.restore(step=state.step, origin=state.version, problem=problem)
             if not config.run.keep_spool:
-                spool.sweep(keep={entry.group for entry in returned})
+                spool.sweep(keep={entry.spooled.name for entry in returned if entry.spooled})
             num_ready = sum(entry.state == "ready" for entry in returned)
             told(
                 f"going on from step {state.step}: of {len(returned)} groups that come back {num_ready} are ready and "

@@ -61,8 +61,9 @@ def test_a_file_that_is_not_what_was_written_is_refused(tmp_path: Path, damage: 
 def test_what_no_group_asks_for_is_swept_away(tmp_path: Path) -> None:
     spool = Spool(str(tmp_path))
     kept, ended = (spool.write(batch(group), group=group, header={}) for group in (3, 4))
+    spool.write(batch(3), group=3, header={"of": "the issue before"})
     (tmp_path / f"{kept.name}.0f.partial").write_text("half")
-    assert spool.sweep(keep={3}) == 2
+    assert spool.sweep(keep={kept.name}) == 3
     assert spool.holds(kept) and not spool.holds(ended) and spool.num_bytes() == kept.num_bytes
     spool.remove(ended.name)
 
