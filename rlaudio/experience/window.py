@@ -17,7 +17,7 @@ against the versions that were recorded with the tokens: slots and order promise
 """
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -95,9 +95,10 @@ class StalenessWindow(Generic[E]):
         self._max_dropped = settings.max_dropped_in_a_row
         self._on_drop = dropped
         self._num_admitted = 0
-        self._line: deque[int] = deque()
+        self._line: OrderedDict[int, None] = OrderedDict()  # thousands: whoever leaves is not searched for
         self._ready: dict[int, tuple[E, float]] = {}  # with the time it became so
         self._overtaken: Counter[int] = Counter()  # groups in line only
+        self._waited_for: int | None = None  # nothing can be taken before this group is ready or has left
         self._held: set[int] = set()  # taken, not released
         self._changed = asyncio.Condition()
         self._dropped: Counter[str] = Counter()
@@ -113,7 +114,7 @@ class StalenessWindow(Generic[E]):
     def admit(self, group: int) -> Ticket:
         """The group of this number takes the slot that was waited for, at the end of the line."""
         self._num_admitted += 1
-        self._line.append(group)
+        self._line[group] = None
         return Ticket(group)
 
     async def settle(self, ticket: Ticket, experience: E) -> None:
@@ -121,6 +122,7 @@ class StalenessWindow(Generic[E]):
         async with self._changed:
             self._require_waiting(ticket)
             self._ready[ticket.group] = (experience, _now_s())
+            self._waits_no_more(ticket.group)
             self._dropped_in_a_row = 0
             self._changed.notify_all()
 
@@ -198,21 +200,30 @@ class StalenessWindow(Generic[E]):
         )
 
     def _choose(self) -> tuple[list[int], Counter[int]]:
-        """At most one batch of ready groups in order of admission, and how often that would overtake which others."""
+        """One batch of ready groups in order of admission, and how often that overtakes which others; or fewer."""
         chosen: list[int] = []
         passed: list[int] = []
         overtaken: Counter[int] = Counter()
+        if self._waited_for is not None or len(self._ready) < self._groups_per_step:
+            return chosen, overtaken  # asked at every group that is settled: the line is not walked for nothing
         for group in self._line:
             if len(chosen) == self._groups_per_step:
                 break
             if group not in self._ready:
                 passed.append(group)
                 continue
-            if any(self._overtaken[slow] + overtaken[slow] >= self._look_ahead for slow in passed):
+            # Who overtakes one in line overtakes all that are slow before it: the first was overtaken most. Whatever
+            # else becomes ready, it is overtaken no more and nothing behind it is taken.
+            if passed and self._overtaken[passed[0]] + overtaken[passed[0]] >= self._look_ahead:
+                self._waited_for = passed[0]
                 break
             overtaken.update(passed)
             chosen.append(group)
         return chosen, overtaken
+
+    def _waits_no_more(self, group: int) -> None:
+        if group == self._waited_for:
+            self._waited_for = None
 
     def _is_too_old(self, group: int, consumed_by: WeightVersion) -> bool:
         oldest = self._ready[group][0].oldest_version
@@ -231,7 +242,7 @@ class StalenessWindow(Generic[E]):
         waited_s = 0.0
         for group in chosen:
             experience, ready_since_s = self._ready.pop(group)
-            self._line.remove(group)
+            del self._line[group]
             del self._overtaken[group]
             taken.append((Ticket(group), experience))
             waited_s += now_s - ready_since_s
@@ -241,7 +252,8 @@ class StalenessWindow(Generic[E]):
         return taken
 
     def _leave_line(self, group: int, *, reason: str) -> None:
-        self._line.remove(group)
+        del self._line[group]
+        self._waits_no_more(group)
         self._ready.pop(group, None)
         del self._overtaken[group]
         self._count_drop(group, reason=reason)
