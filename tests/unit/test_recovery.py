@@ -32,6 +32,8 @@ from rlaudio.errors import (
 )
 from rlaudio.evals.heldout import evaluate
 from rlaudio.evals.summary import EvaluationResult, read_evaluation, summarise, write_evaluation
+from rlaudio.experience.issuing import Issuer
+from rlaudio.experience.ledger import Ledger
 from rlaudio.loop import Parts
 from rlaudio.observe.metrics import GroupStats
 from rlaudio.observe.observer import Observer
@@ -64,7 +66,8 @@ class World:
         if self.trained >= self.until and isinstance(self.failure, RolloutError):
             raise self.failure
         version = WeightVersion(0, self.trained)
-        return SimpleNamespace(has_signal=True, ref=group, states=None, oldest_version=version)
+        judged = {"versions": (version, version), "spooled": None}
+        return SimpleNamespace(has_signal=True, ref=group, states=None, oldest_version=version, **judged)
 
     async def judge(self, played: Any) -> Any:
         return played
@@ -103,8 +106,10 @@ async def train_world(
 ) -> None:
     config = RunConfig(algorithm=AlgorithmSettings(max_staleness=staleness, groups_per_step=1, max_dropped_in_a_row=3))
     config.run.steps, config.run.checkpoint_every = 1_000, 500
+    ledger = Ledger.in_memory()
     parts: Any = Parts(
-        prompts=PromptSource(RECORDS, seed=0),
+        prompts=Issuer(PromptSource(RECORDS, seed=0), ledger),
+        ledger=ledger,
         rollouts=world,  # type: ignore[arg-type]
         rewards=world,  # type: ignore[arg-type]
         learner=world,  # type: ignore[arg-type]
@@ -177,6 +182,7 @@ class LosesItsEnginesWithinAStep(World):
 
 
 async def test_an_error_within_an_optimizer_step_saves_as_many_steps_as_the_learner_took() -> None:
+    """The task group is ending when the step's batch is recorded: it takes no new task, such as a publish."""
     world = LosesItsEnginesWithinAStep()
     with pytest.raises(EngineError, match="no actor is alive"):
         await train_world(world, staleness=1)
@@ -226,7 +232,7 @@ async def test_undisturbed_work_in_a_group_leaves_the_group_its_error_and_its_ca
 def save(store: CheckpointStore, step: int, content: str) -> None:
     path = store.begin(step)
     (path / "weights").write_text(content)
-    store.finish(path, DriverState(step=step, incarnation=0, prompts={}))
+    store.finish(path, DriverState(step=step, incarnation=0, number=step, prompts={}))
 
 
 def test_a_save_that_is_cut_off_costs_no_whole_checkpoint(tmp_path: Path) -> None:
@@ -247,6 +253,29 @@ def test_a_whole_checkpoint_is_not_replaced(tmp_path: Path) -> None:
         save(store, 5, "other")
     found = store.latest()
     assert found is not None and (found[0] / "weights").read_text() == "good"
+
+
+def test_a_checkpoint_that_is_not_what_was_saved_is_put_aside(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for step in (5, 6):
+        save(store, step, f"of {step}")
+    (tmp_path / "step-000006" / "weights").write_text("of 7")
+    told: list[str] = []
+    found = store.latest(told=told.append)
+    assert found is not None and found[0].name == "step-000005" and found[1].version == WeightVersion(0, 5)
+    assert "weights is not what was saved" in told[0] and (tmp_path / "damaged-step-000006").is_dir()
+    (tmp_path / "step-000005" / "weights").unlink()
+    with pytest.raises(CheckpointError, match=r"every checkpoint .* is damaged, .*weights is missing"):
+        store.latest()
+
+
+@pytest.mark.parametrize("damage", ["more", "manifest"])
+def test_what_was_added_or_cannot_be_summed_up_is_damage_too(tmp_path: Path, damage: str) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 5, "good")
+    (tmp_path / "step-000005" / ("extra.pt" if damage == "more" else "manifest.json")).write_text("?")
+    with pytest.raises(CheckpointError, match="damaged"):
+        store.latest()
 
 
 # ---- resuming -----------------------------------------------------------------------------------------------------
