@@ -4,7 +4,7 @@ import asyncio
 import io
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,8 @@ from rlaudio.actors.pool import PlayedGroup, RewardPool
 from rlaudio.aio import undisturbed
 from rlaudio.cli.train import make_importable, resume_command
 from rlaudio.config import AlgorithmSettings, EvaluationSettings, RunConfig
-from rlaudio.data.run_data import RunData
+from rlaudio.data.mixture import MixturePart
+from rlaudio.data.run_data import RunData, prompt_source
 from rlaudio.data.source import PromptSource
 from rlaudio.errors import (
     CheckpointError,
@@ -39,8 +40,9 @@ from rlaudio.observe.metrics import GroupStats
 from rlaudio.observe.observer import Observer
 from rlaudio.observe.progress import Progress
 from rlaudio.recipes.checkpoints import CheckpointStore, DriverState
+from rlaudio.recipes.restoring import remembering
 from rlaudio.recipes.rl import evaluated, train_and_keep
-from rlaudio.runs import RunFolder, create_run, find_run
+from rlaudio.runs import RunFolder, create_run, find_run, open_run
 from rlaudio.types import Message, PromptRecord, TextPart, WeightVersion
 from tests.unit.evaluations import dialogue, turn
 
@@ -303,6 +305,36 @@ def test_a_run_that_does_not_say_where_it_came_from_is_resumed_all_the_same(tmp_
     (run.path / "run.json").write_text("[]")
     with pytest.raises(RunFolderError, match=r"run\.json cannot be read"):
         _ = run.first_config
+
+
+async def test_a_run_that_goes_on_draws_its_mixture_where_it_stood(tmp_path: Path) -> None:
+    """Six prompts before the checkpoint and three after it: all come back under their numbers, then the rest."""
+    parts = (MixturePart("a", 0.75, RECORDS[:3]), MixturePart("b", 0.25, RECORDS[3:]))
+    config, data = RunConfig(), RunData(RECORDS, {}, parts)
+    whole = prompt_source(data, seed=config.run.seed)
+    told: list[str] = []
+
+    class Learner:
+        async def save(self, path: Path) -> WeightVersion:
+            return WeightVersion(0, 1)
+
+    learner: Any = Learner()
+    with (
+        create_run(tmp_path, name="mixed", seed=0) as folder,
+        remembering(config, data=data, folder=folder, resume=False, told=told.append) as memory,
+    ):
+        dealt = [memory.prompts.next() for _ in range(6)]
+        await memory.saver(learner)(1)
+        dealt += [memory.prompts.next() for _ in range(3)]
+    with (
+        open_run(folder.path),
+        remembering(config, data=data, folder=folder, resume=True, told=told.append) as memory,
+    ):
+        again = [memory.prompts.next() for _ in range(20)]
+        assert (memory.step, memory.version) == (1, WeightVersion(1, 1))
+    assert again[:9] == [replace(issue, incarnation=1) for issue in dealt]
+    assert [(issue.group, issue.record) for issue in again] == [(group, whole.next()) for group in range(20)]
+    assert "of 9 groups that come back 0 are ready" in told[-1]
 
 
 # ---- evaluations --------------------------------------------------------------------------------------------------
