@@ -334,6 +334,11 @@ class LearnerSettings:
     train_encoder: bool = False  # only to make an encoder from nothing
     step_deadline_s: float = 600.0
     start_deadline_s: float = 300.0
+    # Of the ranks, all together, when one is lost: from the last checkpoint. So often without a new checkpoint in
+    #   between, then the run ends. 0: at the first loss
+    max_restarts: int = 3
+    # Of ranks that go on when a restart finds no room for all within start_deadline_s. 0: all or none
+    least_ranks: int = 0
 
 
 @dataclass

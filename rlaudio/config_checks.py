@@ -179,6 +179,8 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "micro_batch_tokens": ONE,
         "step_deadline_s": ABOVE_ZERO,
         "start_deadline_s": ABOVE_ZERO,
+        "max_restarts": Range(0, why="0 starts nobody again"),
+        "least_ranks": Range(0, why="0 is all of them"),
     },
     SyncSettings: {"deadline_s": ABOVE_ZERO},
     AutoscaleSettings: {"look_s": ABOVE_ZERO, "cooldown_s": ZERO},
@@ -362,6 +364,11 @@ def learner_problems(learner: LearnerSettings, *, dtype: str) -> Iterator[str]:
         yield (
             f"learner.offload_parameters is cpu and learner.zero_stage {learner.zero_stage}: below stage 3 every "
             "forward needs all weights on the device, set learner.zero_stage=3"
+        )
+    if learner.least_ranks > learner.ranks:
+        yield (
+            f"learner.least_ranks is {learner.least_ranks} and learner.ranks {learner.ranks}: set 0 (all or none) to "
+            f"{learner.ranks}"
         )
     if learner.num_gpus > 0 and learner.num_cpus <= 0:
         yield f"learner.num_cpus is {learner.num_cpus:g}: a rank needs a CPU beside its device, set at least 1"

@@ -17,6 +17,7 @@ RlaudioError
 │   └── VerdictTimeoutError  the judge model gave nothing in time: slow, or its engine hangs
 ├── DoctorError          engine and trainer do not agree: training refuses to start
 ├── LearnerError         a training step failed
+│   ├── RanksLostError   ranks died or hung: the group starts again from the last checkpoint
 │   └── DivergenceError  loss or gradient is not finite
 ├── WeightSyncError      weights did not reach an engine whole and in time
 ├── LedgerError          the ledger cannot be written or read, or is told what cannot be
@@ -24,6 +25,8 @@ RlaudioError
 ├── StalenessError       a token older than the window promises: a bug, never data
 └── StarvedError         the window was fed nothing but drops
 """
+
+from collections.abc import Sequence
 
 
 class RlaudioError(Exception):
@@ -108,6 +111,18 @@ class DoctorError(RlaudioError):
 
 class LearnerError(RlaudioError):
     """A training step failed."""
+
+
+class RanksLostError(LearnerError):
+    """Learner ranks died, hung, or broke where they must not: what is left of the group is of no use.
+
+    Attributes:
+        silent: those that had not answered within the deadline.
+    """
+
+    def __init__(self, message: str, *, silent: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.silent = tuple(silent)
 
 
 class DivergenceError(LearnerError):

@@ -106,11 +106,19 @@ class LocalRanks:
     """
 
     def __init__(self, num_ranks: int, *, dtype: str = "bfloat16", refer: Callable[[Any], Any] | None = None) -> None:
-        self.num_ranks = num_ranks
+        self.num_ranks, self.life = num_ranks, 1
         self.ranks = [FakeRank(rank, num_ranks, dtype) for rank in range(num_ranks)]
+        self._dtype = dtype
         self._refer = refer or Arrived
         self.sent: list[SenderStep] = []
         self.mute: int | None = None
+
+    def start_again(self, num_ranks: int) -> list[FakeRank]:
+        """Others take the ranks' places; those of before, which still hold their ends of the lines."""
+        before = self.ranks
+        self.ranks = [FakeRank(rank, num_ranks, self._dtype) for rank in range(num_ranks)]
+        self.num_ranks, self.life = num_ranks, self.life + 1
+        return before
 
     def publish(self, tensors: dict[str, np.ndarray], version: WeightVersion) -> Sent:
         shares = []
@@ -134,7 +142,7 @@ class FakeRanks:
     """The `Senders` of a collective transport, in Ray actors."""
 
     def __init__(self, num_ranks: int, *, dtype: str = "bfloat16") -> None:
-        self.num_ranks = num_ranks
+        self.num_ranks, self.life = num_ranks, 1
         actor = ray.remote(concurrency_groups={"sending": 8})(FakeRank).options(num_cpus=0)
         self._actors = [actor.remote(rank, num_ranks, dtype) for rank in range(num_ranks)]
         self.pids = ray.get([one.pid.remote() for one in self._actors], timeout=120.0)

@@ -2,7 +2,7 @@
 
 PATH/
   model/          the policy in its family's public layout, loads anywhere
-  engine/         DeepSpeed's shards: weights and optimizer
+  engine/         DeepSpeed's shards: weights and optimizer. For other ranks they are dealt anew: `universal.py`
   rank_N.pt       random state of rank N
   learner.json    version, step, world size: written last, so a folder without it is not a checkpoint
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 MODEL_FOLDER = "model"
 META_FILE = "learner.json"
-_ENGINE_TAG = "engine"
+ENGINE_TAG = "engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class LearnerMeta:
     Attributes:
         version: of the weights.
         step_index: optimizer steps taken in this run or phase: the place in the schedule.
-        world_size, zero_stage: the shards fit no other.
+        world_size, zero_stage: the shards fit no other; see `universal` for other ranks.
         phase: fields of `PhaseSettings`, or None for the run itself.
     """
 
@@ -69,7 +70,7 @@ def staged(path: Path, *, rank: int) -> Iterator[Path]:
             yield staging
             written = True
         finally:
-            everywhere = _on_every_rank(written)
+            everywhere = on_every_rank(written)
         if not everywhere:
             raise CheckpointError(f"{path} was not written: another rank failed, see its error")
         if rank == 0:
@@ -79,8 +80,8 @@ def staged(path: Path, *, rank: int) -> Iterator[Path]:
         raise CheckpointError(f"{path}: cannot be written ({error}); check free space and access") from error
 
 
-def _on_every_rank(true: bool) -> bool:
-    """Collective."""
+def on_every_rank(true: bool) -> bool:
+    """Whether it is true on every rank. Collective."""
     flag = torch.tensor(int(true), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag.item())
@@ -99,7 +100,7 @@ def write_engine(engine: DeepSpeedEngine, folder: Path, *, rank: int, meta: Lear
     """Write this rank's part. Called on every rank."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        engine.save_checkpoint(str(folder), tag=_ENGINE_TAG, save_latest=False)
+        engine.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
     torch.save(_random_state(), folder / f"rank_{rank}.pt")
     dist.barrier()
     if rank == 0:
@@ -118,20 +119,41 @@ def read_meta(path: Path) -> LearnerMeta:
 
 
 def read_engine(engine: DeepSpeedEngine, path: Path, *, rank: int) -> None:
-    """Restore this rank's part. Called on every rank.
+    """Restore this rank's weights and optimizer, as it wrote them. Called on every rank.
 
     Raises:
         CheckpointError: a shard is missing or does not fit the model.
     """
     try:
-        state = torch.load(path / f"rank_{rank}.pt", weights_only=True)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), plainly_named(path) as plain:
             warnings.simplefilter("ignore")
-            found, _ = engine.load_checkpoint(str(path), tag=_ENGINE_TAG, load_lr_scheduler_states=False)
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+            found, _ = engine.load_checkpoint(str(plain), tag=ENGINE_TAG, load_lr_scheduler_states=False)
+    except (OSError, RuntimeError, KeyError, ValueError, AssertionError) as error:
         raise CheckpointError(f"{path}: rank {rank} cannot read its shard ({error}); was the model changed?") from error
     if found is None:
-        raise CheckpointError(f"{path / _ENGINE_TAG} holds no shard for rank {rank}: pick another checkpoint")
+        raise CheckpointError(f"{path / ENGINE_TAG} holds no shard for rank {rank}: pick another checkpoint")
+
+
+@contextmanager
+def plainly_named(path: Path) -> Iterator[Path]:
+    """Another path to a folder: DeepSpeed 0.19 makes patterns of its paths, and finds no shards under a `[`."""
+    with tempfile.TemporaryDirectory(prefix="rlaudio-shards-") as plain:
+        link = Path(plain) / "there"
+        link.symlink_to(path.resolve(), target_is_directory=True)
+        yield link
+
+
+def read_random_state(path: Path, *, rank: int) -> None:
+    """Go on with the random state that `rank` had.
+
+    Raises:
+        CheckpointError: it is not there, or damaged.
+    """
+    file = path / f"rank_{rank}.pt"
+    try:
+        state = torch.load(file, weights_only=True)
+    except Exception as error:  # torch's unpickler raises whatever torn bytes lead it to
+        raise CheckpointError(f"{file} cannot be read ({error}): pick another checkpoint") from error
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from rlaudio.config import AlgorithmSettings, PhaseSettings
-from rlaudio.errors import LearnerError, RlaudioError, WeightSyncError
+from rlaudio.errors import LearnerError, RanksLostError, RlaudioError, WeightSyncError
 from rlaudio.learner.messages import (
     MinibatchSpec,
     PreparedBatch,
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 GRACE_S = 2.0
 """How long the other ranks' errors are waited for once one rank has failed."""
+LOOK_S = 10.0
+"""How long a rank has to answer, or Ray to notice that it died, when it is asked whether it lives."""
 
 SENDING, SENDING_THREADS = "sending", 8
 """Ray concurrency group of a rank's weight sender. A call that was given up holds its thread until its time-out."""
@@ -72,6 +74,7 @@ class LearnerGroup:
         self._failed: str | None = None
         self._num_calls = 0
         self._mid_step = False
+        self._life = 0
 
     @property
     def is_busy(self) -> bool:
@@ -82,8 +85,9 @@ class LearnerGroup:
         """Bring up the ranks and their models.
 
         Raises:
-            LearnerError: a rank did not come up before `learner.start_deadline_s` (too few free CPUs or GPUs?).
+            RanksLostError: a rank did not come up before `learner.start_deadline_s` (too few free CPUs or GPUs?).
         """
+        self._life += 1
         learner = self._spec.learner
         # Weights are sent beside training: from threads of their own, where the rank is asked to send them.
         groups = {SENDING: SENDING_THREADS} if self._spec.sync.transport == "collective" else None
@@ -100,6 +104,39 @@ class LearnerGroup:
         address = (await self._all("open_store", deadline_s=deadline))[0]
         await self._all("build", self._spec, address, deadline_s=deadline)
 
+    async def restart(self, version: WeightVersion, *, least_ranks: int) -> None:
+        """End what is left of the ranks and start anew from `model.path`, as `version`. `load` comes next.
+
+        Where there is no room for all ranks any more, those that came up within `learner.start_deadline_s` say how many
+        there are from now on.
+
+        Raises:
+            RanksLostError: fewer than `least_ranks` came up, or one broke.
+        """
+        await self.stop()
+        self._spec = replace(self._spec, version=version)
+        try:
+            await self.start()
+        except RanksLostError as error:
+            num_came = self.num_ranks - len(error.silent)
+            if num_came == self.num_ranks or num_came < max(1, least_ranks):
+                raise
+            await self.stop()
+            self._spec = replace(self._spec, learner=replace(self._spec.learner, ranks=num_came))
+            await self.start()
+
+    async def find_lost(self) -> str:
+        """Why the group is broken, and nothing if it is not. A rank that is busy counts as alive."""
+        if self._failed is None and self._actors:
+            calls: list[asyncio.Future[Any]] = [asyncio.ensure_future(actor.ping.remote()) for actor in self._actors]
+            done, _ = await asyncio.wait(calls, timeout=LOOK_S)
+            dead = [rank for rank, call in enumerate(calls) if call in done and call.exception() is not None]
+            for call in calls:
+                call.cancel()
+            if dead:
+                self._failed = f"learner {_names(dead)} died"
+        return self._failed or ""
+
     async def prepare(
         self,
         refs: Sequence[ray.ObjectRef[pa.RecordBatch]],
@@ -114,7 +151,7 @@ class LearnerGroup:
 
         Raises:
             DataError, AudioError: a row cannot be trained on.
-            LearnerError: a rank died, or missed `learner.step_deadline_s`.
+            RanksLostError: as of every method: a rank died, or missed `learner.step_deadline_s`.
         """
         if self._algorithm is None:
             raise LearnerError("this learner group was built without an algorithm: pass one to take policy steps")
@@ -156,6 +193,11 @@ class LearnerGroup:
     @property
     def num_ranks(self) -> int:
         return self._spec.learner.ranks
+
+    @property
+    def life(self) -> int:
+        """Another number for other ranks."""
+        return self._life
 
     async def ask_sender(self, rank: int, step: SenderStep, *, deadline_s: float) -> Any:
         """Run a step of a collective broadcast in a rank, beside its training; see `weights.collective.Senders`.
@@ -209,7 +251,7 @@ class LearnerGroup:
         return versions[0]
 
     async def load(self, path: Path | str) -> StepMetrics:
-        """Go on from a checkpoint, in this spec's incarnation. Raises CheckpointError: not whole, or of other ranks."""
+        """Go on from a checkpoint, in this spec's incarnation. Raises CheckpointError: not whole, of another stage."""
         metrics: list[StepMetrics] = await self._all("load", Path(path))
         return metrics[0]
 
@@ -220,6 +262,7 @@ class LearnerGroup:
     async def stop(self) -> None:
         """End the ranks; safe to call at any time and twice."""
         actors, self._actors = self._actors, []
+        self._failed, self._mid_step = None, False
         for actor in actors:
             ray.kill(actor, no_restart=True)
 
@@ -248,18 +291,18 @@ class LearnerGroup:
                 call.cancel()
         if errors:
             raise self._failure(phase, errors)
-        self._failed = (
-            f"learner {_names([rank for rank, call in enumerate(calls) if call in late])} did not finish {phase} "
-            f"within {deadline_s:g} s"
+        silent = [rank for rank, call in enumerate(calls) if call in late]
+        self._failed = f"learner {_names(silent)} did not finish {phase} within {deadline_s:g} s"
+        raise RanksLostError(
+            f"{self._failed}: raise the deadline under learner, or look at that rank's log", silent=silent
         )
-        raise LearnerError(f"{self._failed}: raise the deadline under learner, or look at that rank's log")
 
     def _failure(self, phase: str, errors: Mapping[int, BaseException]) -> RlaudioError:
         """What to raise for these ranks' errors. All but those of data and numbers end the group."""
         dead = [rank for rank, error in errors.items() if isinstance(error, RayActorError)]
         if dead:
             self._failed = f"learner {_names(dead)} died in {phase}"
-            failure = LearnerError(
+            failure = RanksLostError(
                 f"{self._failed} ({_reason(errors[dead[0]])}): resume the run from its last checkpoint"
             )
             failure.__cause__ = errors[dead[0]]
@@ -273,13 +316,13 @@ class LearnerGroup:
         self._failed = f"learner {_names(list(errors))} failed in {phase}: " + (
             _reason(error) if cause is None else f"{type(cause).__name__}: {cause}"
         )
-        failure = LearnerError(self._failed)
+        failure = (RanksLostError if _may_pass(cause) else LearnerError)(self._failed)
         failure.__cause__ = error
         return failure
 
     def _require_alive(self) -> None:
         if self._failed is not None:
-            raise LearnerError(f"the learner group is broken ({self._failed}): stop it and resume from a checkpoint")
+            raise RanksLostError(f"the learner group is broken ({self._failed}): stop it and resume from a checkpoint")
         if not self._actors:
             raise LearnerError("the learner group has no ranks: call start first (or it was stopped)")
 
@@ -296,6 +339,9 @@ class _RankActor:
         self._store: Store | None = None
         self._live: RankWorker | None = None
         self._sender = WeightSender(rank)
+
+    def ping(self) -> None:
+        """Answers when nothing else is being done."""
 
     def open_store(self) -> tuple[str, int] | None:
         """Rank 0 opens the rendezvous on a port the system picks, and keeps it: nobody can take the port in between."""
@@ -400,6 +446,11 @@ def _environment(spec: TrainerSpec, env_vars: Mapping[str, str]) -> dict[str, st
     threads = str(max(1, int(spec.learner.num_cpus)))
     on_cpu = {} if spec.learner.num_gpus else {"DS_ACCELERATOR": "cpu"}
     return {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", **on_cpu, **env_vars}
+
+
+def _may_pass(cause: BaseException | None) -> bool:
+    """Whether other ranks may be spared: broken lines and devices are torch's RuntimeErrors, and a bug is none."""
+    return isinstance(cause, RuntimeError | OSError | None) and "OutOfMemory" not in type(cause).__name__
 
 
 def _names(ranks: Sequence[int]) -> str:

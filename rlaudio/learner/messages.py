@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from rlaudio.weights.shares import Manifest, Share
 
 
+DEALT_ANEW = "universal-"
+"""Before a checkpoint's name, a folder beside it, while it is read by another number of ranks than wrote it."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrainerSpec:
     """Everything a rank needs to build its policy and optimizer.

@@ -45,6 +45,7 @@ from rlaudio.learner.sharding import (
     whole_weights,
 )
 from rlaudio.learner.sounds import ClipSource, SoundCache
+from rlaudio.learner.universal import read_for_other_ranks
 from rlaudio.models.checkpoints import copy_stored
 from rlaudio.models.families import open_family
 from rlaudio.models.identity import encoder_name
@@ -401,21 +402,28 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Restore weights, optimizer, schedule, random state and version number, in this spec's incarnation.
 
+        The checkpoint may be of another number of ranks, not of another ZeRO stage.
+
         Raises:
-            CheckpointError: incomplete, or written by another number of ranks or ZeRO stage.
+            CheckpointError: incomplete, of another ZeRO stage, or of another model.
         """
         meta = checkpoint.read_meta(path)
-        if (meta.world_size, meta.zero_stage) != (self.world_size, self._stage):
+        if meta.zero_stage != self._stage:
             raise CheckpointError(
-                f"{path} was written by {meta.world_size} ranks at ZeRO stage {meta.zero_stage}, this run has "
-                f"{self.world_size} at stage {self._stage}, and optimizer states are not dealt out anew: set "
-                f"learner.ranks={meta.world_size} and learner.zero_stage={meta.zero_stage}, or start a new run from "
-                f"the weights alone with model.path={path / checkpoint.MODEL_FOLDER}"
+                f"{path} was written at ZeRO stage {meta.zero_stage}, this run has stage {self._stage}, and optimizer "
+                f"states do not go from one to the other: set learner.zero_stage={meta.zero_stage}, or start a new run "
+                f"from the weights alone with model.path={path / checkpoint.MODEL_FOLDER}"
             )
         self.ensure_engine(None if meta.phase is None else PhaseSettings(**meta.phase))
-        checkpoint.read_engine(self._live_engine(), path, rank=self.rank)
-        if self._stage == 3:
-            self._read_unsharded(path / checkpoint.MODEL_FOLDER)
+        if meta.world_size == self.world_size or self._stage == 0:  # where all ranks hold the same
+            checkpoint.read_engine(self._live_engine(), path, rank=self.rank)
+            if self._stage == 3:
+                self._read_unsharded(path / checkpoint.MODEL_FOLDER)
+        else:
+            read_for_other_ranks(
+                self._live_engine(), self._parameters, path, rank=self.rank, step_index=meta.step_index
+            )
+        checkpoint.read_random_state(path, rank=self.rank % meta.world_size)
         self.step_index = meta.step_index
         self.version = WeightVersion(self.spec.version.incarnation, meta.version.number)
         if self._trains_encoder() or meta.phase is not None:

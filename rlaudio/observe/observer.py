@@ -54,7 +54,7 @@ class Observer:
         self._num_steps = num_steps
         self._pools = pools
         self._gauges = gauges
-        self._trap = trap
+        self.trap = trap
         self._said_failure = False
         self.steps_done = 0
 
@@ -101,14 +101,19 @@ class Observer:
         self._tracker.log(metrics, step=step)
         self._progress.update(step + 1, self._num_steps, _shown(metrics))
 
+    def went_back(self, step: int, *, trap: TrapMonitor | None) -> None:
+        """Steps from this one on are taken again; `trap` knows the curves before. Totals keep what was done."""
+        self.steps_done = step
+        self.trap = trap
+
     def _watch_for_trap(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        if self._trap is None:
+        if self.trap is None:
             return {}
-        known = self._trap.alert
-        curves = self._trap.step(step, metrics)
-        if self._trap.alert is not None and known is None:
-            self._progress.say(self._trap.alert.in_words())
-            _LOG.warning(self._trap.alert.in_words())
+        known = self.trap.alert
+        curves = self.trap.step(step, metrics)
+        if self.trap.alert is not None and known is None:
+            self._progress.say(self.trap.alert.in_words())
+            _LOG.warning(self.trap.alert.in_words())
         return curves
 
     def _say_first_failure(self, stats: GroupStats) -> None:

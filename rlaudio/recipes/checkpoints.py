@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaudio.errors import CheckpointError
+from rlaudio.learner.messages import DEALT_ANEW
 from rlaudio.runs import write_json_atomic
 from rlaudio.types import WeightVersion
 
@@ -62,9 +63,10 @@ class CheckpointStore:
         return (self._named(step) / _MANIFEST).is_file()
 
     def begin(self, step: int) -> Path:
-        """An empty folder for the learner to save into. What a save left behind that was cut off goes."""
-        for cut_off in self._folder.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(cut_off)
+        """An empty folder for the learner to save into. What saves and loads left behind that were cut off goes."""
+        for prefix in (_UNFINISHED, DEALT_ANEW):  # the learner reads no checkpoint while it saves one
+            for cut_off in self._folder.glob(f"{prefix}*"):
+                shutil.rmtree(cut_off)
         path = self._folder / f"{_UNFINISHED}step-{step:06d}"
         path.mkdir(parents=True)
         return path

@@ -15,7 +15,7 @@ from rlaudio.data.run_data import RunData, prompt_source
 from rlaudio.data.source import PromptSource
 from rlaudio.errors import ConfigError, LedgerError
 from rlaudio.experience.issuing import Issuer, why_not_again
-from rlaudio.experience.ledger import Ledger, reach
+from rlaudio.experience.ledger import Entry, Ledger, reach
 from rlaudio.experience.spool import Spool, is_local
 from rlaudio.learner.group import LearnerGroup
 from rlaudio.recipes.checkpoints import LEDGER_COPY, CheckpointStore, DriverState
@@ -23,6 +23,7 @@ from rlaudio.runs import RunFolder
 from rlaudio.types import WeightVersion
 
 _MB = 1 << 20
+BEGINNING = DriverState(step=0, incarnation=0, number=0, prompts={})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,27 +60,18 @@ def remembering(
     """
     store = CheckpointStore(folder.checkpoints)
     latest = store.latest(told=told) if resume else None
-    checkpoint, state = latest or (None, DriverState(step=0, incarnation=0, number=0, prompts={}))
+    checkpoint, state = latest or (None, BEGINNING)
     source = prompt_source(data, seed=config.run.seed)
     if checkpoint is not None:
         source.restore(state.prompts)
     spool = Spool(spool_root(config, folder))
     ledger = _open(config, folder, checkpoint=checkpoint, spool=spool, resume=resume, told=told)
     try:
+        returned: list[Entry] = []
         if resume:
-            problem = partial(
-                why_not_again, ledger=ledger, origin=state.version, settings=config.algorithm, spool=spool
-            )
-            returned = ledger.restore(step=state.step, origin=state.version, problem=problem)
+            returned = _returned(config, ledger, state, spool=spool, told=told)
             if not config.run.keep_spool:
                 spool.sweep(keep={entry.spooled.name for entry in returned if entry.spooled})
-            num_ready = sum(entry.state == "ready" for entry in returned)
-            told(
-                f"going on from step {state.step}: of {len(returned)} groups that come back {num_ready} are ready and "
-                f"{len(returned) - num_ready} are played again"
-            )
-        else:
-            returned = []
         yield Memory(
             store=store,
             checkpoint=checkpoint,
@@ -91,6 +83,41 @@ def remembering(
         )
     finally:
         ledger.close()
+
+
+def gone_back(memory: Memory, config: RunConfig, *, folder: RunFolder, told: Callable[[str], None]) -> Memory:
+    """A run that lost its weights and goes on in this process: where it stands as of its last checkpoint.
+
+    The ledger is that of `memory`, in a new life; nobody may play or train for the one before any more.
+
+    Raises:
+        CheckpointError, LedgerError, SpoolError: what was kept cannot be used.
+    """
+    checkpoint, state = memory.store.latest(told=told) or (None, BEGINNING)
+    spool = Spool(spool_root(config, folder))
+    # Nothing is swept: a judge may still be writing what nobody asks for any more.
+    returned = _returned(config, memory.ledger, state, spool=spool, told=told)
+    return replace(
+        memory,
+        checkpoint=checkpoint,
+        step=state.step,
+        version=WeightVersion(memory.ledger.incarnation, state.number),
+        prompts=Issuer(memory.source, memory.ledger, returned=returned),  # the stream stands behind all it dealt
+    )
+
+
+def _returned(
+    config: RunConfig, ledger: Ledger, state: DriverState, *, spool: Spool, told: Callable[[str], None]
+) -> list[Entry]:
+    """Begin the ledger's next life at a checkpoint: the groups that come back."""
+    problem = partial(why_not_again, ledger=ledger, origin=state.version, settings=config.algorithm, spool=spool)
+    returned = ledger.restore(step=state.step, origin=state.version, problem=problem)
+    num_ready = sum(entry.state == "ready" for entry in returned)
+    told(
+        f"going on from step {state.step}: of {len(returned)} groups that come back {num_ready} are ready and "
+        f"{len(returned) - num_ready} are played again"
+    )
+    return returned
 
 
 class Saver:

@@ -12,15 +12,14 @@ from ray.actor import ActorHandle
 
 from rlaudio.actors.members import DEATHS, ActorPool
 from rlaudio.actors.pool import RewardPool, RolloutPool
-from rlaudio.aio import first_error
 from rlaudio.config import RunConfig
 from rlaudio.data.run_data import RunData
 from rlaudio.doctor.sides import RaySides
-from rlaudio.errors import DataError, LearnerError, RlaudioError
+from rlaudio.errors import DataError
 from rlaudio.evals.heldout import evaluate
 from rlaudio.evals.summary import EvaluationResult, Phase, Report, read_evaluation, summarise, write_evaluation
 from rlaudio.learner.group import LearnerGroup
-from rlaudio.loop import Parts, train
+from rlaudio.loop import Parts
 from rlaudio.observe.judge_watch import JudgeWatch
 from rlaudio.observe.observer import Observer
 from rlaudio.observe.progress import Progress
@@ -32,6 +31,7 @@ from rlaudio.recipes.doctor import PROBE_DEADLINE_S, examine_before_training, tr
 from rlaudio.recipes.places import reserve
 from rlaudio.recipes.restoring import Memory, remembering, require_shared_roots, with_spool
 from rlaudio.recipes.scaling import Scaling, autoscaling, supervised
+from rlaudio.recipes.training import bring_back, train_through_losses
 from rlaudio.registry import load_object
 from rlaudio.rewards.generative import GenerativeJudge
 from rlaudio.rewards.serving import JudgeHealth
@@ -112,16 +112,17 @@ async def _run(
             tracker=tracker,
             progress=progress,
         )
-        trap = trap_monitor(config)
-        if memory.step:
-            trap.replay(read_curves(folder.metrics / "metrics.jsonl", prefix="reward/"), before=memory.step)
+
+        def trap_before(step: int) -> TrapMonitor:
+            return trap_monitor(config, curves=folder.metrics / "metrics.jsonl", before=step)
+
         observer = Observer(
             tracker=tracker,
             progress=progress,
             num_steps=config.run.steps,
             pools=(actors.rollouts.pool, actors.rewards.pool),
             gauges=actors.watch.gauges,
-            trap=trap,
+            trap=trap_before(memory.step),
         )
         before = await evaluated(
             config, data, actors, phase="before", step=memory.step, folder=folder, progress=progress
@@ -139,9 +140,15 @@ async def _run(
         )
         train_started = time.monotonic()
         progress.stage("training")
-        await train_and_keep(config, parts, first_step=memory.step, progress=progress)
+        await train_through_losses(
+            config,
+            parts,
+            memory,
+            folder=folder,
+            progress=progress,
+            went_back=lambda step: observer.went_back(step, trap=trap_before(step)),
+        )
         train_s = time.monotonic() - train_started
-        await actors.learner.export(folder.path / "model")
         after = await evaluated(
             config, data, actors, phase="after", step=config.run.steps, folder=folder, progress=progress
         )
@@ -162,7 +169,7 @@ async def _run(
     held_out = held_out_trap(report, preference=trap_sources(config)["preference"])
     # Of this process: what an earlier attempt of a resumed run did is in its curves.
     report["groups"] = {"trained": totals.num_groups, "dropped": dict(totals.drops)}
-    report["trap"] = {"training": trap.report(), "held_out": held_out}
+    report["trap"] = {"training": observer.trap.report() if observer.trap else {}, "held_out": held_out}
     return RunOutcome(before, after, report)
 
 
@@ -179,43 +186,12 @@ def trap_sources(config: RunConfig) -> dict[str, list[str]]:
     return found
 
 
-def trap_monitor(config: RunConfig) -> TrapMonitor:
-    """What watches this run's curves."""
-    return TrapMonitor(config.trap, sources=trap_sources(config), num_steps=config.run.steps)
-
-
-async def train_and_keep(config: RunConfig, parts: Parts, *, first_step: int, progress: Progress) -> None:
-    """Train. When that ends early, save what was learned since `first_step`, then let the error go on, bare.
-
-    After a LearnerError nothing is saved: its weights are gone, or not to be trusted.
-    """
-
-    async def keep(why: str) -> None:
-        step = parts.observer.steps_done
-        if step <= first_step:
-            return
-        progress.say(f"{why}: saving a checkpoint of step {step}")
-        try:
-            await parts.save(step)
-        except RlaudioError as error:  # must not hide why the run ends
-            progress.say(f"the checkpoint could not be saved: {error}")
-
-    try:
-        await train(
-            config.algorithm,
-            parts,
-            first_step=first_step,
-            last_step=config.run.steps,
-            save_every=config.run.checkpoint_every,
-        )
-    except asyncio.CancelledError:
-        await keep("stopping")
-        raise
-    except ExceptionGroup as group:
-        error = first_error(group)
-        if group.subgroup(LearnerError) is None:
-            await keep(f"training ended by {type(error).__name__}")
-        raise error from group
+def trap_monitor(config: RunConfig, *, curves: Path | None = None, before: int = 0) -> TrapMonitor:
+    """What watches this run's curves, and has seen those that were written of the steps before."""
+    trap = TrapMonitor(config.trap, sources=trap_sources(config), num_steps=config.run.steps)
+    if curves is not None and before:
+        trap.replay(read_curves(curves, prefix="reward/"), before=before)
+    return trap
 
 
 class Evaluators(Protocol):
@@ -264,7 +240,7 @@ async def running_actors(
         trainer_spec(config, version),
         algorithm=config.algorithm,
         env_vars=environment,
-        place=lambda: places.options("learner"),
+        place=lambda: places.own("learner"),
     )
     transport = transport_of(
         config.sync,
@@ -284,10 +260,7 @@ async def running_actors(
             watch.watching(),
         ):
             if checkpoint is not None:
-                await learner.load(checkpoint)
-                restored = await learner.snapshot()
-                await weights.broadcast(restored)
-                version = restored.version
+                version = await bring_back(learner, weights, checkpoint)
             yield RunActors(rollouts, rewards, learner, weights, watch, version, scaling)
     finally:
         rollouts.pool.stop()

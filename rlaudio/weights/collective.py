@@ -45,6 +45,11 @@ class Senders(Protocol):
     @property
     def num_ranks(self) -> int: ...
 
+    @property
+    def life(self) -> int:
+        """Another number for other ranks: they know nothing of the groups of those before."""
+        ...
+
     async def ask_sender(self, rank: int, step: SenderStep, *, deadline_s: float) -> Any:
         """Run a step in a rank, beside its training. Raises WeightSyncError: it died, refused, or did not answer."""
         ...
@@ -77,6 +82,7 @@ class CollectiveTransport:
         self._run_id = uuid.uuid4().hex[:8]
         self._num_groups = 0
         self._live: GroupSpec | None = None
+        self._life = senders.life
         self._num_unexplained = 0
 
     async def broadcast(self, snapshot: SnapshotRef, *, to: Receivers | None = None) -> Broadcast:
@@ -126,6 +132,8 @@ class CollectiveTransport:
 
     async def _formed(self, pending: Mapping[str, Any], deadline: Deadline) -> GroupSpec:
         """The live group when it has exactly these members, else a new one."""
+        if self._life != self._senders.life:
+            self._live, self._life = None, self._senders.life
         if self._live is not None and set(self._live.names) == set(pending):
             return self._live
         limit_s = min(deadline.left_s, JOIN_SHARE * self._deadline_s)

@@ -32,7 +32,7 @@ from rlaudio.loop import Parts
 from rlaudio.observe.progress import Progress
 from rlaudio.recipes.cluster import actor_environment
 from rlaudio.recipes.restoring import remembering, with_spool
-from rlaudio.recipes.rl import train_and_keep
+from rlaudio.recipes.training import train_and_keep
 from rlaudio.runs import create_run, open_run
 from rlaudio.types import Dialogue, Message, PromptRecord, TextPart, Turn, VersionSpan, WeightVersion
 
@@ -52,8 +52,8 @@ def make_config(root: str) -> RunConfig:
 class Engine:
     """A rollout actor without a model: ids from the order's seed, now and then slow, now and then a failure."""
 
-    def __init__(self, version: WeightVersion) -> None:
-        self._version = version
+    def __init__(self, version: WeightVersion, ids: Sequence[int] = range(100)) -> None:
+        self._version, self._ids = version, ids
 
     async def take(self, version: WeightVersion) -> None:
         self._version = version
@@ -65,9 +65,9 @@ class Engine:
             raise RolloutError("it does not fit the window")
         dialogues = []
         for sibling in range(order.num_siblings):
-            ids = np.array([rng.randrange(100) for _ in range(5)], dtype=np.int32)
+            ids = np.array([rng.choice(self._ids) for _ in range(5)], dtype=np.int32)
             spans = (VersionSpan(self._version, 0, 5),)
-            turn = Turn(0, ids, ids, ids.astype(np.float32), spans, (), "so", "yes", "stop")
+            turn = Turn(0, ids, ids, np.full(5, -3.0, dtype=np.float32), spans, (), "so", "yes", "stop")
             dialogues.append(Dialogue(record.id, order.group, sibling, (turn,)))
         return PlayedHeader(4, 20, 20), played_batch(record, dialogues), states_batch(())
 
@@ -97,6 +97,9 @@ class Learner:
         self.seen.append(self._batch)
         self.version = WeightVersion(self.version.incarnation, self.version.number + 1)
         return SimpleNamespace(version=self.version)
+
+    async def find_lost(self) -> str:
+        return ""
 
     async def save(self, path: Path) -> WeightVersion:
         (path / "seen.json").write_text(json.dumps(self.seen))

@@ -93,6 +93,19 @@ async def test_a_group_serves_until_somebody_joins() -> None:
     assert world.num_groups() == 2
 
 
+async def test_ranks_that_start_again_form_a_group_of_their_own_at_once() -> None:
+    """With the same engines, and one rank fewer: nobody tries the group that the ranks before had formed."""
+    world = World.of("one", "two")
+    await world.publish()
+    before = world.ranks.start_again(NUM_RANKS - 1)
+    world.ranks.sent.clear()
+    outcome = await world.publish()
+    assert (set(outcome.live), outcome.evicted) == ({"one", "two"}, {})
+    await world.live("one", "two")
+    assert [step.method for step in world.ranks.sent] == ["open", "join", "send"]
+    assert len(before) == NUM_RANKS
+
+
 async def test_who_joins_between_two_broadcasts_gets_the_weights_of_the_last_and_then_those_of_the_next() -> None:
     world = World.of("one", "two")
     receivers: Any = world.pool

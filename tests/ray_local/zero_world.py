@@ -169,7 +169,7 @@ def _digest(value: Any, crc: int) -> int:
     if isinstance(value, torch.Tensor):
         return _crc(value.detach().cpu(), crc)
     if isinstance(value, dict):
-        for key in value:
+        for key in sorted(value, key=str):
             crc = _digest(value[key], crc)
     elif isinstance(value, list | tuple):
         for item in value:

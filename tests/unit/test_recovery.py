@@ -41,7 +41,8 @@ from rlaudio.observe.observer import Observer
 from rlaudio.observe.progress import Progress
 from rlaudio.recipes.checkpoints import CheckpointStore, DriverState
 from rlaudio.recipes.restoring import remembering
-from rlaudio.recipes.rl import evaluated, train_and_keep
+from rlaudio.recipes.rl import evaluated
+from rlaudio.recipes.training import train_and_keep
 from rlaudio.runs import RunFolder, create_run, find_run, open_run
 from rlaudio.types import Message, PromptRecord, TextPart, WeightVersion
 from tests.unit.evaluations import dialogue, turn
@@ -91,6 +92,9 @@ class World:
         return SimpleNamespace(version=WeightVersion(0, self.trained))
 
     async def broadcast(self, snapshot: Any) -> None: ...
+
+    async def find_lost(self) -> str:
+        return ""
 
     def dropped(self, reason: str) -> None: ...
 
