@@ -91,6 +91,20 @@ class CheckpointStore:
         complete = self._complete()
         return complete[-1] if complete else None
 
+    def examined(self, step: int) -> Path:
+        """The checkpoint of this step, its files those that were saved; nothing is moved.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        path = self._named(step)
+        if not self.holds(step):
+            there = ", ".join(one.name for one in self._complete()) or "none"
+            raise CheckpointError(f"{path} is no whole checkpoint: there are {there}")
+        if problem := next(_damages(path), None):
+            raise CheckpointError(f"{problem}: {path.name} is damaged, choose another")
+        return path
+
     def latest(self, *, told: Callable[[str], None] = lambda text: None) -> tuple[Path, DriverState] | None:
         """The newest checkpoint whose files are those that were saved. A damaged one is put aside, and told of.
 
