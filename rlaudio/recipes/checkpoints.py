@@ -144,7 +144,14 @@ def _read_state(path: Path) -> DriverState:
 
 
 def _damages(path: Path) -> Iterator[str]:
-    """One sentence per file that is not what the manifest says; nothing of a whole checkpoint."""
+    """One sentence per file that is not what the manifest says; nothing of a whole checkpoint.
+
+    DeepSpeed's files are pickles, which can run code: only those that this run wrote are handed to it.
+    """
+    for file in [path, *path.rglob("*")]:
+        if file.is_symlink():
+            yield f"{file} is a link, and a checkpoint is read from its run's own folder only"
+            return
     try:
         expected = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))["files"]
         found = _summed(path)
