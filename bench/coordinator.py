@@ -158,7 +158,8 @@ class Engines:
                 place = self._rng.randrange(len(self._playing))
                 self._playing[place], self._playing[-1] = self._playing[-1], self._playing[place]
                 self._playing.pop().set_result(None)
-            await asyncio.sleep(0)
+            # A driver that waits sleeps in the kernel: spinning would keep the ledger's thread from the interpreter.
+            await asyncio.sleep(0 if self._playing or not idle else 0.001)
 
 
 class Judges:

@@ -44,6 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     scale.add_argument("--deadline", type=float, default=600.0, metavar="S", help="seconds to wait for the sizes")
     command = commands.add_parser("audit", help="whether every prompt group of a run ended once; exit code 1 if not")
     command.add_argument("run", help="run folder, of a run that lives or is dead")
+    command = commands.add_parser("replay", help="train a learner on a run's experience again, in a new run folder")
+    command.add_argument("run", help="run folder of a run with run.keep_spool=true")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="learner and algorithm settings to try")
+    command.add_argument(
+        "--from", dest="first", type=int, default=0, metavar="STEP", help="from its checkpoint of STEP"
+    )
+    command.add_argument("--to", dest="last", type=int, metavar="STEP", help="end before this step")
     # argparse takes no `key=value` behind an option unless it is told where to look.
     arguments, behind = parser.parse_known_args(argv)
     strange = [argument for argument in behind if argument.startswith("-") or "=" not in argument]
@@ -59,6 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             from rlaudio.cli.audit import audit_command
 
             return audit_command(arguments.run)
+        if arguments.command == "replay":
+            from rlaudio.cli.replay import replay_command
+
+            return replay_command(
+                arguments.run, arguments.overrides, first_step=arguments.first, last_step=arguments.last
+            )
         if arguments.command == "data":
             code: int = arguments.run(arguments)
             return code

@@ -85,7 +85,7 @@ class CommitThread:
         deadline_s: for room in the queue, and for whoever waits for a commit.
     """
 
-    def __init__(self, connection: sqlite3.Connection, *, name: str, deadline_s: float = 60.0) -> None:
+    def __init__(self, connection: sqlite3.Connection, *, name: str, deadline_s: float = 300.0) -> None:
         self._connection = connection
         self._name = name
         self.deadline_s = deadline_s

@@ -98,9 +98,13 @@ class Spool:
             with self._filesystem.open_input_file(path) as stream:
                 data = stream.read_buffer()
         except OSError as error:
-            raise SpoolError(f"{path}: cannot be read ({error}); the group is played again") from error
+            raise SpoolError(
+                f"{path}: cannot be read ({error}); a run plays its group again, a replay cannot go on"
+            ) from error
         if hashlib.sha256(data).hexdigest() != spooled.sha256:
-            raise SpoolError(f"{path}: its bytes are not those that were written; the group is played again")
+            raise SpoolError(
+                f"{path}: its bytes are not those that were written; a run plays its group again, a replay cannot go on"
+            )
         with pa.ipc.open_file(data) as reader:
             batch = reader.get_batch(0)
         metadata = dict(batch.schema.metadata)

@@ -93,6 +93,20 @@ class CheckpointStore:
         complete = self._complete()
         return complete[-1] if complete else None
 
+    def examined(self, step: int) -> Path:
+        """The checkpoint of this step, its files those that were saved; nothing is moved.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        path = self._named(step)
+        if not self.holds(step):
+            there = ", ".join(one.name for one in self._complete()) or "none"
+            raise CheckpointError(f"{path} is no whole checkpoint: there are {there}")
+        if problem := next(_damages(path), None):
+            raise CheckpointError(f"{problem}: {path.name} is damaged, choose another")
+        return path
+
     def latest(self, *, told: Callable[[str], None] = lambda text: None) -> tuple[Path, DriverState] | None:
         """The newest checkpoint whose files are those that were saved. A damaged one is put aside, and told of.
 
@@ -132,7 +146,14 @@ def _read_state(path: Path) -> DriverState:
 
 
 def _damages(path: Path) -> Iterator[str]:
-    """One sentence per file that is not what the manifest says; nothing of a whole checkpoint."""
+    """One sentence per file that is not what the manifest says; nothing of a whole checkpoint.
+
+    DeepSpeed's files are pickles, which can run code: only those that this run wrote are handed to it.
+    """
+    for file in [path, *path.rglob("*")]:
+        if file.is_symlink():
+            yield f"{file} is a link, and a checkpoint is read from its run's own folder only"
+            return
     try:
         expected = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))["files"]
         found = _summed(path)

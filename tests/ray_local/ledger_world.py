@@ -38,6 +38,7 @@ from rlaudio.types import Dialogue, Message, PromptRecord, TextPart, Turn, Versi
 
 RECORDS = [PromptRecord(f"r{index}", "t", (Message("user", (TextPart("hi"),)),)) for index in range(11)]
 STEPS, PER_STEP = 40, 3
+RAY_IS_UP = "Ray is up"
 
 
 def make_config(root: str) -> RunConfig:
@@ -174,6 +175,7 @@ def main() -> None:
         log_to_driver=False,
         runtime_env={"env_vars": actor_environment()},
     )
+    print(RAY_IS_UP, flush=True)
     asyncio.run(run(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None))
     ray.shutdown()
 

@@ -13,28 +13,39 @@ import pytest
 
 from rlaudio.cli.audit import audit_command
 from rlaudio.experience.audit import LedgerSums, audit
-from tests.ray_local.ledger_world import PER_STEP, STEPS
+from tests.ray_local.ledger_world import PER_STEP, RAY_IS_UP, STEPS
 
-KILLS = 3
+KILLS, ATTEMPTS = 3, 5
 
 
 def drive(root: Path, run: Path | None, *, kill_after: int | None, log: Path) -> int:
-    """One life of the run; killed some moments after so many steps of it. Its exit code."""
+    """One life of the run; killed some moments after so many steps of it. Its exit code.
+
+    Ray 2.60 gives a node 30 s to come up: on a machine too busy for that the life has not begun, and is begun again.
+    """
+    for _ in range(ATTEMPTS):
+        lines, code = _drive(root, run, kill_after=kill_after, log=log)
+        if f"{RAY_IS_UP}\n" in lines:
+            return code
+    pytest.fail(f"Ray did not come up {ATTEMPTS} times: {log.read_text()}")
+
+
+def _drive(root: Path, run: Path | None, *, kill_after: int | None, log: Path) -> tuple[list[str], int]:
     command = [sys.executable, "-m", "tests.ray_local.ledger_world", str(root), *([str(run)] if run else [])]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    lines: list[str] = []
     with log.open("a") as errors:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert process.stdout is not None
-        num_steps = 0
         for line in process.stdout:
-            num_steps += line.startswith("step ")
-            if num_steps == kill_after:
+            lines.append(line)
+            if sum(one.startswith("step ") for one in lines) == kill_after:
                 time.sleep(random.Random(kill_after).uniform(0.0, 0.2))  # anywhere within what follows
                 process.send_signal(signal.SIGKILL)
                 break
         code = process.wait(120)
         process.stdout.close()
-    return code
+    return lines, code
 
 
 def sums_of(run: Path) -> LedgerSums:

@@ -2,7 +2,8 @@
 
 import ast
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from rlaudio.config import RunConfig, SourceSettings
 from rlaudio.config_checks import run_problems, secret_problems
 from rlaudio.config_loader import load_config, to_yaml
 from rlaudio.data.records import read_records
-from rlaudio.errors import ConfigError, DataError
+from rlaudio.errors import CheckpointError, ConfigError, DataError
+from rlaudio.recipes.checkpoints import CheckpointStore, DriverState
 
 PACKAGE = Path(config_loader.__file__).parent
 ROOT = PACKAGE.parent
@@ -124,6 +126,40 @@ def test_nothing_listens_beyond_loopback_unless_asked() -> None:
         local = keywords.get("address") in (None, "'local'")
         assert not local or keywords.get("include_dashboard") == "False", place
         assert "dashboard_host" not in keywords, place
+
+
+def test_resume_files_are_the_runs_own(tmp_path: Path) -> None:
+    """DeepSpeed reads pickles: nothing that another wrote, and nothing that lies elsewhere, comes to it."""
+    loads = {place.split(":")[0] for place, name, _ in calls() if name == "learner.load"}
+    assert loads == {"rlaudio/recipes/rl.py", "rlaudio/recipes/replay.py"}, "each takes what `CheckpointStore` gave"
+
+    def damaged(damage: Callable[[Path, Path], object]) -> str:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        elsewhere = folder / "elsewhere"
+        elsewhere.mkdir()
+        store = CheckpointStore(folder / "run")
+        saved = store.begin(2)
+        (saved / "engine").mkdir()
+        (saved / "engine" / "states.pt").write_bytes(b"pickle")
+        store.finish(saved, DriverState(step=2, incarnation=0, number=2, prompts={}))
+        assert store.examined(2) == folder / "run" / "step-000002"
+        damage(store.examined(2), elsewhere)
+        with pytest.raises(CheckpointError) as examined:
+            store.examined(2)
+        with pytest.raises(CheckpointError) as latest:
+            store.latest()
+        assert str(examined.value).split(": step-")[0] in str(latest.value)
+        return str(examined.value)
+
+    assert "was put there later" in damaged(lambda own, _: (own / "engine" / "more.pt").write_bytes(b"x"))
+    assert "is not what was saved" in damaged(lambda own, _: (own / "engine" / "states.pt").write_bytes(b"other!"))
+    for lent in ("engine/states.pt", "engine", "."):
+
+        def lend(own: Path, elsewhere: Path, lent: str = lent) -> None:
+            moved = (own / lent).rename(elsewhere / "moved")  # the very bytes that the manifest knows
+            (own / lent if lent != "." else own).symlink_to(moved)
+
+        assert "is a link" in damaged(lend), lent
 
 
 # ---- sizes and paths ----------------------------------------------------------------------------------------------

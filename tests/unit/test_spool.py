@@ -53,7 +53,7 @@ def test_a_file_that_is_not_what_was_written_is_refused(tmp_path: Path, damage: 
     path.write_bytes(data if damage == "changed" else data[:-9])
     if damage == "gone":
         path.unlink()
-    with pytest.raises(SpoolError, match="the group is played again"):
+    with pytest.raises(SpoolError, match="plays its group again"):
         spool.read(spooled)
     assert spool.holds(spooled) == (damage == "changed"), "a size alone does not tell"
 
