@@ -26,7 +26,7 @@ world: setup ## make the spoken world (sounds and prompt records)
 run: world ## the main job: train the tiny policy by RL; SEED=n
 	@$(BIN)/rlaudio train $(QUICKSTART)/config.yaml run.seed=$(SEED)
 
-base: world ## rebuild the start and judge checkpoints from nothing (up to an hour)
+base: world ## rebuild the start and judge checkpoints from nothing (about an hour)
 	@cd $(QUICKSTART) && $(BIN)/python -m spoken_world.base
 
 test: setup ## every test: unit first, then real Ray, vLLM and DeepSpeed
