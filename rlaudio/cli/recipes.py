@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rlaudio.config_loader import peek
 from rlaudio.errors import ConfigError
 
-RECIPES = ("rl", "sft", "reward_model")
+RECIPES = ("rl", "sft", "reward_model", "curate")
 
 
 def recipe_command(config_path: str, overrides: Sequence[str], *, resume: str | None) -> int:
@@ -21,6 +21,10 @@ def recipe_command(config_path: str, overrides: Sequence[str], *, resume: str | 
         from rlaudio.cli.train import train_command
 
         return train_command(config_path, overrides, resume=resume)
+    if recipe == "curate":
+        from rlaudio.cli.data_curate import curate_command
+
+        return curate_command(config_path, overrides, resume=resume)
     if resume:
         raise ConfigError(
             f"--resume goes on with a run of the recipe rl, and {config_path} has {recipe}: start it anew"

@@ -5,7 +5,6 @@ import dataclasses
 import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rlaudio.cli.train import train_command
 from rlaudio.config import RunConfig
@@ -34,8 +33,9 @@ def reward_model_command(config_path: str, overrides: Sequence[str]) -> int:
 
 
 def _run(config: RewardModelConfig, folder: RunFolder) -> int:
+    from rlaudio.cli.trackers import open_trackers
     from rlaudio.observe.progress import Progress
-    from rlaudio.observe.tracker import JsonlTracker, MlflowTracker, Status, Tracker, Trackers
+    from rlaudio.observe.tracker import Status
     from rlaudio.recipes.cluster import joined_ray
     from rlaudio.recipes.judges import measure_judge, tables
     from rlaudio.recipes.reward_model import (
@@ -58,17 +58,7 @@ def _run(config: RewardModelConfig, folder: RunFolder) -> int:
         agreement = write_agreement(config, data, folder=folder.path, policy=str(output))
         load_config(RunConfig, agreement, check=run_problems)  # an hour of training later would be late
 
-    trackers: list[Tracker] = [JsonlTracker(folder.metrics / "metrics.jsonl")]
-    if config.tracking.mlflow:
-        trackers.append(
-            MlflowTracker(
-                run_root=Path(config.run.root),
-                run_folder=folder.path,
-                experiment=config.tracking.experiment,
-                uri=config.tracking.uri,
-            )
-        )
-    tracker = Trackers(*trackers)
+    tracker = open_trackers(folder, config.tracking).all
 
     async def measured(progress: Progress) -> dict[str, Figures]:
         return await measure_judge(judge_config(config), data.sets, folder=folder.path, progress=progress)

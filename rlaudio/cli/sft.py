@@ -3,7 +3,6 @@
 import asyncio
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rlaudio.config import SftConfig
 from rlaudio.config_checks import sft_problems
@@ -23,24 +22,15 @@ def sft_command(config_path: str, overrides: Sequence[str]) -> int:
     check_writable(config.run.output, setting="run.output")
     check_shm()
 
+    from rlaudio.cli.trackers import open_trackers
     from rlaudio.observe.progress import Progress
-    from rlaudio.observe.tracker import JsonlTracker, MlflowTracker, Status, Tracker, Trackers
+    from rlaudio.observe.tracker import Status
     from rlaudio.recipes.cluster import joined_ray
     from rlaudio.recipes.sft import run_sft
 
     with create_run(config.run.root, name=config.run.name, seed=config.run.seed) as folder:
         write_text_atomic(folder.config_yaml, to_yaml(config))
-        trackers: list[Tracker] = [JsonlTracker(folder.metrics / "metrics.jsonl")]
-        if config.tracking.mlflow:
-            trackers.append(
-                MlflowTracker(
-                    run_root=Path(config.run.root),
-                    run_folder=folder.path,
-                    experiment=config.tracking.experiment,
-                    uri=config.tracking.uri,
-                )
-            )
-        tracker = Trackers(*trackers)
+        tracker = open_trackers(folder, config.tracking).all
         needs = {
             "learner": (config.learner.ranks * config.learner.num_cpus, config.learner.ranks * config.learner.num_gpus)
         }
