@@ -470,6 +470,7 @@ class SftRunSettings:
     root: str = field(default="runs", metadata=PLACE)
     seed: int = 0
     output: str = field(default=MISSING, metadata=PLACE)  # the finished checkpoint
+    checkpoint_every: int = 100  # steps; 0: none but at Ctrl-C
 
 
 @dataclass

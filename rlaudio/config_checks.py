@@ -91,7 +91,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "seed": ZERO,
         "stop_deadline_s": ABOVE_ZERO,
     },
-    SftRunSettings: {"seed": ZERO},
+    SftRunSettings: {"seed": ZERO, "checkpoint_every": Range(0, why="0 saves nothing on the way")},
     DataSettings: {"max_clip_s": Range(0, why="0 is an hour")},
     MixtureSettings: {"weight": ABOVE_ZERO},
     JudgeRunSettings: {"seed": ZERO},

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,25 @@ def fingerprint(settings: object, *, contents: Contents, leave_out: Collection[s
     """
     plain = _plain(settings, contents=contents, leave_out=leave_out, name="")
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def inputs(settings: object, *, name: str = "") -> Iterator[tuple[str, str]]:
+    """(setting, path) of every file and folder whose content counts."""
+    if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
+        for field in dataclasses.fields(settings):
+            below, item = f"{name}.{field.name}".lstrip("."), getattr(settings, field.name)
+            if field.metadata.get("content") is False:
+                continue
+            if field.metadata.get("path"):
+                named = item.items() if isinstance(item, Mapping) else [("", item)]
+                for key, path in named:
+                    if path and "://" not in str(path):
+                        yield f"{below}.{key}".rstrip("."), str(path)
+            else:
+                yield from inputs(item, name=below)
+    elif isinstance(settings, list | tuple):
+        for index, item in enumerate(settings):
+            yield from inputs(item, name=f"{name}[{index}]")
 
 
 def _plain(value: object, *, contents: Contents, leave_out: Collection[str], name: str) -> Any:

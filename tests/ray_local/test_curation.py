@@ -2,18 +2,21 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlaudio.audio.store import ClipStore
+from rlaudio.config import SourceSettings
 from rlaudio.config_stages import CurationConfig, CurationSettings
 from rlaudio.data.records import read_records
 from rlaudio.observe.progress import Progress
 from rlaudio.observe.tracker import NullTracker
 from rlaudio.recipes.curation import run_curation, verifying
 from rlaudio.runs import create_run
-from rlaudio.types import Constraint, PromptRecord
+from rlaudio.types import AudioPart, Constraint, PromptRecord
 from tests.ray_local.equivalence_world import make_config, make_records
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
@@ -22,20 +25,23 @@ K = 3
 
 
 def records_with_rules(clips: Path) -> list[PromptRecord]:
-    """Noise of two turns each. A random policy breaks the first rule always, the second never."""
-    from dataclasses import replace
-
-    made = []
+    """Noise of two turns each; a random policy breaks the rule of the hard ones, whatever it says."""
+    store, made = ClipStore(str(clips)), []
     for number, record in enumerate(make_records(clips)):
         rule = Constraint("max_words", "1000") if number % 2 else Constraint("starts_with", "unheard")
-        users = tuple(replace(message, constraints=(rule,)) for message in record.messages)
+        users = tuple(
+            replace(
+                message,
+                parts=tuple(replace(p, uri=store.uri(p.sha256)) for p in message.parts if isinstance(p, AudioPart)),
+                constraints=(rule,),
+            )
+            for message in record.messages
+        )
         made.append(replace(record, id=f"{'easy' if number % 2 else 'hard'}-{number}", messages=users))
     return made
 
 
 def curation_config(checkpoint: Path, clips: Path, **chosen: Any) -> CurationConfig:
-    from rlaudio.config import SourceSettings
-
     played = make_config(checkpoint, clips)
     config = CurationConfig(**{name: getattr(played, name) for name in vars(played) if name != "recipe"})
     config.rewards.sources = [SourceSettings("verified", "rlaudio.rewards.verified:VerifiedReward")]
@@ -59,7 +65,6 @@ async def test_a_real_policy_s_rollouts_are_counted_and_not_made_twice(
             )
 
     with create_run(tmp_path / "runs", name="curation", seed=3) as folder:
-        # Every dialogue of a random policy is broken off or wrong, so all records are hard.
         report = await curate(records[:3], keep=[0, K - 1])
         lines = [json.loads(line) for line in (folder.path / "rolled.jsonl").read_text().splitlines()]
         assert [len(line["passed"]) for line in lines] == [K] * 3, "k dialogues of each"
