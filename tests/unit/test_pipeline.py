@@ -137,31 +137,40 @@ def start(world: Path, fake: FakeStages, *overrides: str) -> int:
     return pipeline_command(str(world / "pipeline.yaml"), overrides, resume=None, run_stage=fake)
 
 
-def results(world: Path) -> dict[str, str]:
+def results(world: Path, *names: str) -> dict[str, str]:
+    files = {"curation": "records.jsonl", "evaluation": "report.json"}
     folder = world / "runs" / "all-seed3" / "stages"
-    found = {name: folder / name / "model" / "weights" for name in ("mid", "cold", "judge", "joint")}
-    found |= {"curation": folder / "curation" / "records.jsonl", "evaluation": folder / "evaluation" / "report.json"}
-    return {name: path.read_text() for name, path in found.items()}
+    return {name: (folder / name / files.get(name, "model/weights")).read_text() for name in names}
 
 
-def test_killed_at_every_moment_of_every_stage_the_results_are_those_of_one_go(world: Path) -> None:
+def test_killed_in_every_stage_the_results_are_those_of_one_go(world: Path) -> None:
+    """One stage of each way in which results are left; all of it in one pipeline, killed again and again."""
+    order = ["judge", "curation", "joint", "evaluation"]
+    judge, start_policy = {"rewards.judge_model.path": "${stage.judge.model}"}, {"start": "start"}
+    settings = {
+        "curation": {"run.seed": 1},
+        "joint": {"data.train": "${stage.curation.records}", **judge},
+        "evaluation": {"policies": {**start_policy, "joint": "${stage.joint.model}"}},
+    }
+    chosen = [stage | {"settings": settings.get(stage["name"], {})} for stage in stages() if stage["name"] in order]
+    write(world, written=chosen)
     whole = FakeStages()
     assert start(world, whole) == 0
-    assert whole.ran == [(name, False) for name in ORDER]
-    wanted = results(world)
+    assert whole.ran == [(name, False) for name in order]
+    wanted = results(world, *order)
     (world / "runs").rename(world / "whole")
-    for place, stage in enumerate(ORDER):
+    for place, stage in enumerate(order):
         for moment in range(MOMENTS):
             killed = FakeStages((stage, moment))
             with pytest.raises(Killed):
                 start(world, killed)
-            # What is done is not run again; what was cut off behind moment 0 has a run folder to go on with.
-            before = [(ORDER[place - 1], True)] if place and moment == 0 else []
+            # Of the stage before nobody knew that it was done; what has a run folder is gone on with.
+            before = [(order[place - 1], True)] if place and moment == 0 else []
             assert killed.ran == [*before, (stage, moment > 1)], (stage, moment)
     last = FakeStages()
-    assert start(world, last) == 0 and last.ran == [(ORDER[-1], True)]
-    assert results(world) == wanted
-    for stage in ORDER:
+    assert start(world, last) == 0 and last.ran == [(order[-1], True)]
+    assert results(world, *order) == wanted
+    for stage in order:
         (run,) = (world / "runs" / "all-seed3" / "stages" / stage / "runs").iterdir()
         assert (run / "half").read_text() == "new", "one run folder, gone on with"
     nothing = FakeStages()
@@ -181,35 +190,23 @@ def test_the_table_has_a_line_and_a_gain_for_every_stage(world: Path, capsys: py
     assert all(name in printed for name in (*ORDER, "(start)", gain))
 
 
-@pytest.mark.parametrize(
-    ("change", "again"),
-    [
-        ("mid.jsonl", ["mid", "cold", "curation", "joint", "evaluation"]),
-        ("pairs.jsonl", ["judge", "joint", "evaluation"]),
-        ("train.jsonl", ["curation", "joint", "evaluation"]),
-        ("heldout.jsonl", ["curation", "joint", "evaluation"]),
-        ("nothing", []),
-    ],
-)
-def test_a_changed_file_repeats_what_it_concerns(world: Path, change: str, again: list[str]) -> None:
+def test_what_changed_is_repeated_with_what_it_concerns(world: Path) -> None:
     start(world, FakeStages())
-    (world / change).write_text("changed")
-    (world / "cold.jsonl").write_text("cold")  # touched, and the same
-    fake = FakeStages()
-    start(world, fake)
-    assert fake.ran == [(name, False) for name in again]
 
+    def ran_after(path: Path, text: str, *overrides: str) -> list[str]:
+        path.write_text(text)
+        fake = FakeStages()
+        start(world, fake, *overrides)
+        assert not any(resumed for _, resumed in fake.ran)
+        return [name for name, _ in fake.ran]
 
-def test_a_changed_setting_repeats_its_stage_and_a_lost_result_too(world: Path) -> None:
-    start(world, FakeStages())
-    fake = FakeStages()
-    start(world, fake, "stages[2].settings={run.seed: 9}")
-    assert [name for name, _ in fake.ran] == ["judge", "joint", "evaluation"]
+    assert ran_after(world / "cold.jsonl", "cold") == [], "touched, and the same"
+    assert ran_after(world / "pairs.jsonl", "other") == ["judge", "joint", "evaluation"]
+    assert ran_after(world / "mid.jsonl", "other") == ["mid", "cold", "curation", "joint", "evaluation"]
+    other = "stages[2].settings={run.seed: 9}"
+    assert ran_after(world / "pairs.jsonl", "other", other) == ["judge", "joint", "evaluation"]
     model = world / "runs" / "all-seed3" / "stages" / "cold" / "model" / "weights"
-    model.write_text("tampered with")
-    fake = FakeStages()
-    start(world, fake, "stages[2].settings={run.seed: 9}")
-    assert [name for name, _ in fake.ran] == ["cold"], "made again as it was, so nothing behind it is repeated"
+    assert ran_after(model, "tampered with", other) == ["cold"], "made again as it was: nothing behind it is repeated"
 
 
 def test_a_half_done_stage_of_other_settings_is_not_gone_on_with(world: Path) -> None:
@@ -239,7 +236,8 @@ def refused(world: Path, *overrides: str) -> str:
     fake = FakeStages()
     with pytest.raises(ConfigError) as caught:
         start(world, fake, *overrides)
-    assert fake.ran == [] and not (world / "runs").exists()
+    assert fake.ran == [], "nothing ran"
+    assert not (world / "runs").exists()
     return str(caught.value)
 
 
