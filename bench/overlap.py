@@ -48,6 +48,8 @@ from rlaudio.config import RunConfig
 from rlaudio.config_loader import load_config
 from rlaudio.data.run_data import RunData, read_data
 from rlaudio.data.source import PromptSource
+from rlaudio.experience.issuing import Issuer
+from rlaudio.experience.ledger import Ledger
 from rlaudio.learner.messages import MinibatchSpec, PreparedBatch, PublishedSnapshot, StepMetrics
 from rlaudio.loop import Parts, train
 from rlaudio.models.step_audio import create_tiny
@@ -280,8 +282,10 @@ class Bench:
         observer = SteppedObserver(
             self._processes, tracker=self._tracker, progress=self._progress, num_steps=self._config.run.steps
         )
+        ledger = Ledger.in_memory()
         parts = Parts(
-            prompts=PromptSource(self._data.train, seed=self._config.run.seed),
+            prompts=Issuer(PromptSource(self._data.train, seed=self._config.run.seed), ledger),
+            ledger=ledger,
             rollouts=actors.rollouts,
             rewards=actors.rewards,
             learner=actors.learner,

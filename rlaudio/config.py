@@ -25,6 +25,14 @@ class RunSettings:
     steps: int = 100
     checkpoint_every: int = 50  # steps; the last step is always saved
     stop_deadline_s: float = 300.0  # after SIGTERM, for the step under way, the checkpoint and the end of all actors
+    # Every node sees run.root, and run.spool, at the same path: needed on several nodes
+    shared_root: bool = False
+    # Folder for the ledger, on a disk of the driver's own machine: no network file system. Empty: the run folder
+    ledger: str = field(default="", metadata=PLACE)
+    # Where judged groups lie until they are trained on, a path or `pyarrow.fs` URI. Empty: in the run folder
+    spool: str = field(default="", metadata=PLACE)
+    spool_mb: int = 4096  # of all groups that lie there; after a crash those beyond it are played again. 0: no bound
+    keep_spool: bool = False  # groups stay there after training, for `rlaudio replay`; without bound
 
 
 @dataclass

@@ -90,6 +90,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "checkpoint_every": ONE,
         "seed": ZERO,
         "stop_deadline_s": ABOVE_ZERO,
+        "spool_mb": ZERO,
     },
     SftRunSettings: {"seed": ZERO, "checkpoint_every": Range(0, why="0 saves nothing on the way")},
     DataSettings: {"max_clip_s": Range(0, why="0 is an hour")},

@@ -19,6 +19,8 @@ RlaudioError
 ├── LearnerError         a training step failed
 │   └── DivergenceError  loss or gradient is not finite
 ├── WeightSyncError      weights did not reach an engine whole and in time
+├── LedgerError          the ledger cannot be written or read, or is told what cannot be
+├── SpoolError           the spool cannot be written, or a group in it is gone or damaged
 ├── StalenessError       a token older than the window promises: a bug, never data
 └── StarvedError         the window was fed nothing but drops
 """
@@ -114,6 +116,14 @@ class DivergenceError(LearnerError):
 
 class WeightSyncError(RlaudioError):
     """Weights did not reach an engine whole and in time: names actor, rank and tensor."""
+
+
+class LedgerError(RlaudioError):
+    """The ledger cannot be written or read, or is told of something that cannot have happened to a group."""
+
+
+class SpoolError(RlaudioError):
+    """The spool cannot be written, or a group in it is gone or damaged: names the file."""
 
 
 class StalenessError(RlaudioError):

@@ -11,9 +11,12 @@ A step is one batch of `groups_per_step` groups. The learner takes `epochs * min
 only the weights after the last of them are published. What an algorithm is: `learner/algorithms`; how a batch becomes
 advantages and micro-batches, with the log-probabilities that need the model first: `learner/experience_plan.py`.
 
+The ledger (`experience/ledger.py`) knows of every group that is dealt until it was trained on or dropped with a reason:
+the loop says what happens to one where it happens, and never waits for the disk.
+
 When a group cannot be played or judged, it is dropped with its reason and the next prompt takes its place; retries and
 the eviction of dead actors are the pools' (`actors/pool.py`). Any other error ends `train`. Starting the actors,
-the doctor, evaluation before and after, saving on the way out and resuming are in `recipes/rl.py`.
+the doctor, evaluation before and after, saving on the way out and resuming are in `recipes/`.
 """
 
 import asyncio
@@ -21,15 +24,16 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from rlaudio.actors.pool import RewardPool, RolloutPool, ScoredGroup
-from rlaudio.aio import cancellation_point, undisturbed
+from rlaudio.aio import started, undisturbed
 from rlaudio.config import AlgorithmSettings
-from rlaudio.data.source import PromptSource
-from rlaudio.errors import DivergenceError, JudgeError, RolloutError
-from rlaudio.experience.window import DIVERGED, NO_SIGNAL, StalenessWindow, Ticket
+from rlaudio.errors import DivergenceError, JudgeError, LearnerError, RolloutError, SpoolError
+from rlaudio.experience.issuing import Issue, Issuer
+from rlaudio.experience.ledger import Ledger
+from rlaudio.experience.window import CUT_OFF, DIVERGED, NO_SIGNAL, StalenessWindow, Ticket
 from rlaudio.learner.group import LearnerGroup
 from rlaudio.learner.messages import PublishedSnapshot
 from rlaudio.observe.observer import Observer
-from rlaudio.types import PromptRecord, WeightVersion
+from rlaudio.types import WeightVersion
 from rlaudio.weights.base import WeightTransport
 
 
@@ -37,7 +41,8 @@ from rlaudio.weights.base import WeightTransport
 class Parts:
     """Everything the loop drives, running when it begins; `version` is what engines and learner hold then."""
 
-    prompts: PromptSource
+    prompts: Issuer
+    ledger: Ledger
     rollouts: RolloutPool
     rewards: RewardPool
     learner: LearnerGroup
@@ -62,14 +67,24 @@ async def train(run: AlgorithmSettings, parts: Parts, *, first_step: int, last_s
 
     def dropped(ticket: Ticket, reason: str) -> None:
         parts.observer.dropped(reason)
-        parts.prompts.done(ticket.group)
+        parts.ledger.dropped(ticket.group, reason=reason)
 
-    window: StalenessWindow[ScoredGroup] = StalenessWindow(run, first_group=parts.prompts.num_issued, dropped=dropped)
+    window: StalenessWindow[ScoredGroup] = StalenessWindow(run, dropped=dropped)
 
-    async def roll_and_score(ticket: Ticket, prompt: PromptRecord) -> None:
+    async def experience_of(issue: Issue) -> ScoredGroup:
+        if issue.spooled is not None:
+            try:
+                return await parts.rewards.recall(issue)
+            except SpoolError as error:
+                parts.ledger.reissued(issue.group, reason=type(error).__name__)
+        dialogues = await parts.rollouts.play(issue.record, group=issue.group)
+        experience = await parts.rewards.judge(dialogues)
+        parts.ledger.ready(issue.group, experience)
+        return experience
+
+    async def roll_and_score(ticket: Ticket, issue: Issue) -> None:
         try:
-            dialogues = await parts.rollouts.play(prompt, group=ticket.group)
-            experience = await parts.rewards.judge(dialogues)
+            experience = await experience_of(issue)
         except (RolloutError, JudgeError) as error:  # expected: data, not a crash
             return await window.drop(ticket, reason=type(error).__name__, detail=str(error))
         if run.drops_groups_without_signal and not experience.has_signal:
@@ -79,13 +94,13 @@ async def train(run: AlgorithmSettings, parts: Parts, *, first_step: int, last_s
     async def produce() -> None:
         async with asyncio.TaskGroup() as groups:
             while True:
-                ticket = await window.admit()  # the only backpressure
-                # Tickets and prompts are numbered alike: nothing may be awaited between the two.
-                groups.create_task(roll_and_score(ticket, parts.prompts.next()))
+                await window.slot()  # the only backpressure
+                issue = parts.prompts.next()
+                groups.create_task(roll_and_score(window.admit(issue.group), issue))
 
-    async def publish(snapshot: PublishedSnapshot, tickets: Sequence[Ticket], *, dropped: str) -> None:
+    async def publish(snapshot: PublishedSnapshot, tickets: Sequence[Ticket]) -> None:
         await parts.weights.broadcast(snapshot)
-        window.release(tickets, dropped=dropped)
+        window.release(tickets)
 
     async def learn(tasks: asyncio.TaskGroup) -> None:
         version, step, num_diverged = parts.version, first_step, 0
@@ -103,22 +118,25 @@ async def train(run: AlgorithmSettings, parts: Parts, *, first_step: int, last_s
                     # Whole even on Ctrl-C: the ranks go on anyway, and a save must not say less than they did.
                     snapshot = await undisturbed(parts.learner.optimizer_step())  # raises DivergenceError
             except DivergenceError as error:  # the learner holds its last good state
+                window.lose(tickets, reason=DIVERGED)
                 num_diverged += 1
                 if num_diverged >= run.max_divergences_in_a_row:
                     raise DivergenceError(f"{num_diverged} batches in a row, the last: {error}") from error
                 if snapshot is None:
-                    window.release(tickets, dropped=DIVERGED)
+                    window.release(tickets)
                 else:
-                    await cancellation_point()  # as below
-                    publishing = tasks.create_task(publish(snapshot, tickets, dropped=DIVERGED))
+                    publishing = await started(tasks, publish(snapshot, tickets))
                     version = snapshot.version
                 continue
+            except BaseException as error:
+                if snapshot is not None and not isinstance(error, LearnerError):
+                    window.lose(tickets, reason=CUT_OFF)  # the weights that are saved have seen a part of it
+                raise
             assert snapshot is not None, "a batch has a minibatch"
             num_diverged = 0
-            parts.prompts.done(*(ticket.group for ticket in tickets))
+            parts.ledger.trained([ticket.group for ticket in tickets], step=step)
             parts.observer.step(step, groups=groups, consumed_by=version, snapshot=snapshot, window=window.stats())
-            await cancellation_point()  # a TaskGroup that is ending takes no more tasks
-            publishing = tasks.create_task(publish(snapshot, tickets, dropped=""))
+            publishing = await started(tasks, publish(snapshot, tickets))
             version, step = snapshot.version, step + 1
             if step % save_every == 0 or step == last_step:
                 await parts.save(step)

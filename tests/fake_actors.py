@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 
 from rlaudio.actors.rollout import PlayOrder
 from rlaudio.errors import EngineDeadError, EngineError, JudgeError, RolloutError, TurnTimeoutError, VerdictTimeoutError
+from rlaudio.experience.spool import Spooled
 from rlaudio.types import PromptRecord, WeightVersion
 
 Ailment = Literal["mute", "stuck", "hung", "dead", "engine dead"]
@@ -60,7 +61,7 @@ class FakeActor:
         self._run = run
         self._falls_ill = ailment
         self.ill: Ailment | None = None
-        self.version = WeightVersion(0, 0)
+        self.version = run.first_version
         self.refused = False
         self.noticed_s: float | None = None
         self.served_s: list[float] = []
@@ -134,8 +135,11 @@ class FakeActor:
         await self._suffer(VerdictTimeoutError("no verdict within the deadline"))
         self._run.maybe_fail(JudgeError("too few siblings could be judged"))
         versions = sorted(self._run.played[group])
+        self._run.sampled_by[group] = {self._run.chain[version.number] for version in versions}
         has_signal = self._run.rng.random() >= self._run.dull_share
-        return SimpleNamespace(has_signal=has_signal, versions=(versions[0], versions[-1]), late="")
+        return SimpleNamespace(
+            has_signal=has_signal, versions=(versions[0], versions[-1]), late="", spooled=Spooled(f"{group}", "", 1)
+        )
 
     async def _start(self) -> None:
         """From the checkpoint, whatever the learner has made of it since."""

@@ -5,11 +5,13 @@ down from outside, token version by token version.
 """
 
 import asyncio
+import itertools
 import random
 import selectors
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,13 +20,16 @@ from rlaudio.actors.pool import PlayedGroup, RewardPool, RolloutPool, ScoredGrou
 from rlaudio.actors.supervisor import Hiring, PoolSize, Supervisor
 from rlaudio.config import AlgorithmSettings, RewardSettings, RolloutSettings, RunConfig, SupervisionSettings
 from rlaudio.data.source import PromptSource
-from rlaudio.errors import DivergenceError, JudgeError, RolloutError, WeightSyncError
+from rlaudio.errors import DivergenceError, JudgeError, RolloutError, SpoolError, WeightSyncError
+from rlaudio.experience.issuing import Issue, Issuer, why_not_again
+from rlaudio.experience.ledger import Entry, Ledger
 from rlaudio.loop import Parts, train
 from rlaudio.types import Message, PromptRecord, TextPart, WeightVersion
 from rlaudio.weights.joining import JoinableWeights
 from tests.fake_actors import Ailment, FakeActor
 
 RECORDS = [PromptRecord(f"r{i}", "t", (Message("user", (TextPart("hi"),)),)) for i in range(7)]
+_IDS = itertools.count(1)
 MAX_TURNS_OF_THE_LOOP = 200_000
 
 
@@ -70,16 +75,20 @@ class Weights:
     version: WeightVersion
 
 
-class WrittenDownPrompts(PromptSource):
-    """A prompt source that remembers which issues were said to be done."""
+class WrittenDownLedger(Ledger):
+    """A ledger that remembers which groups were said to have ended, and how."""
 
-    def __init__(self) -> None:
-        super().__init__(RECORDS, seed=0)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.ended: list[int] = []
 
-    def done(self, *numbers: int) -> None:
-        super().done(*numbers)
-        self.ended += numbers
+    def trained(self, groups: Sequence[int], *, step: int) -> None:
+        super().trained(groups, step=step)
+        self.ended += groups
+
+    def dropped(self, group: int, *, reason: str) -> None:
+        super().dropped(group, reason=reason)
+        self.ended.append(group)
 
 
 @dataclass
@@ -87,8 +96,10 @@ class FakeRun:
     """Actors, learner, transport, observer and checkpoints in one object that writes everything down.
 
     Args:
-        fail_share, dull_share, diverge_share, slow_share, refuse_share: chances per group; of divergence per minibatch;
-            of weights that are refused per engine and publish.
+        fail_share, dull_share, diverge_share, slow_share, refuse_share, lost_share: chances per group; of
+            divergence per minibatch; of weights that are refused per engine and publish; of a spooled file.
+        stop_s: when it is stopped from outside, on the virtual clock.
+        before: a run that has ended, of which this one is the next life.
         fatal: method -> (how many calls go well before, the error). `fatal_raised` says which came to pass.
         ailments: actor -> (how many calls go well before, what it has from then on).
         supervision: lost actors are started again, pools resized; None: whoever is lost stays away.
@@ -107,6 +118,9 @@ class FakeRun:
     slow_share: float = 0.0
     diverge_share: float = 0.0
     refuse_share: float = 0.0
+    lost_share: float = 0.1
+    stop_s: float | None = None
+    before: "FakeRun | None" = None
     fatal: dict[str, tuple[int, Exception]] = field(default_factory=dict)
     ailments: dict[str, tuple[int, Ailment]] = field(default_factory=dict)
     supervision: SupervisionSettings | None = None
@@ -116,8 +130,24 @@ class FakeRun:
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
-        self.prompts = WrittenDownPrompts()
-        self.version = self.consumed_by = WeightVersion(0, 0)
+        self.prompts = PromptSource(RECORDS, seed=0)
+        self.ledger = WrittenDownLedger.in_memory()
+        self.version = self.saved_version = WeightVersion(0, 0)
+        self.first_step = 0
+        self.returned: list[Entry] = []
+        self.recalled: list[int] = []
+        self.inherited: dict[int, ScoredGroup] = {}
+        # What the numbers of versions hide: every weights there ever were have an id, and these are the present ones'
+        # ancestors by number.
+        self.chain, self.saved_chain = [0], [0]
+        self.seen: dict[int, list[int]] = {}  # id -> the batch that made these weights of those before
+        self.seen_again: list[int] = []  # groups that were taken when the weights had seen them
+        self.sampled_by: dict[int, set[int]] = {}  # group -> ids
+        self.abandoned: list[int] = []  # groups that were trained on with tokens of weights that are no ancestors
+        self.saved_prompts: dict[str, Any] = {}
+        if self.before is not None:
+            self._go_on(self.before)
+        self.first_version = self.consumed_by = self.version
         self.group_deadline_s, self.turn_deadline_s = 15 * self.delay_s, 10 * self.delay_s
         self.alive_deadline_s, self.sync_deadline_s = 2 * self.delay_s, 5 * self.delay_s
         self.told: list[str] = []  # of actors that were left out
@@ -154,6 +184,23 @@ class FakeRun:
         self.sizes: dict[str, PoolSize] = {}  # when the run ended
         self.windows: list[Any] = []
         self.took_s = 0.0
+
+    def _go_on(self, before: "FakeRun") -> None:
+        """From its last save, with its ledger, after a restore that finds some spooled groups gone."""
+        self.ledger = before.ledger
+        self.ledger.ended = []
+        self.first_step = before.saved[-1] if before.saved else before.first_step
+        origin = self.saved_version = before.saved_version
+        spool: Any = SimpleNamespace(holds=lambda spooled: self.rng.random() >= self.lost_share)
+        problem = partial(why_not_again, ledger=self.ledger, origin=origin, settings=self.settings, spool=spool)
+        self.returned = self.ledger.restore(step=self.first_step, origin=origin, problem=problem)
+        self.inherited = before.inherited | before.judged
+        self.chain = list(before.saved_chain)
+        self.saved_chain, self.saved_prompts = before.saved_chain, before.saved_prompts
+        self.sampled_by, self.seen = before.sampled_by, before.seen
+        if self.saved_prompts:
+            self.prompts.restore(self.saved_prompts)
+        self.version = WeightVersion(self.ledger.incarnation, origin.number)
 
     def _pool(self, role: str, prefix: str) -> ActorPool:
         handles: Any = {name: actor for name, actor in self.actors.items() if name.startswith(prefix)}
@@ -228,7 +275,8 @@ class FakeRun:
     async def _train_with(self, weights: Any) -> None:
         here: Any = self
         parts = Parts(
-            prompts=self.prompts,
+            prompts=Issuer(self.prompts, self.ledger, returned=self.returned),
+            ledger=self.ledger,
             rollouts=here,
             rewards=here,
             learner=here,
@@ -237,7 +285,17 @@ class FakeRun:
             version=self.version,
             save=self.save,
         )
-        await train(self.settings, parts, first_step=0, last_step=self.steps, save_every=4)
+        last_step = self.first_step + self.steps
+        async with asyncio.timeout(self.stop_s):
+            await train(self.settings, parts, first_step=self.first_step, last_step=last_step, save_every=4)
+
+    def keep(self) -> None:
+        """What `train_and_keep` does when a run ends early: a save of what the learner holds."""
+        if self.steps_done and self.saved[-1:] != [self.steps_done[-1] + 1]:
+            self.saved.append(self.steps_done[-1] + 1)
+            self.ledger.durable(step=self.saved[-1], version=self.version)
+            self.saved_version, self.saved_chain = self.version, list(self.chain)
+            self.saved_prompts = self.prompts.state()
 
     async def pass_time(self, call: str, *, longest_s: float | None = None) -> None:
         """Some work; and the fault that is due."""
@@ -271,6 +329,23 @@ class FakeRun:
             self.ends.append("")
         return judged
 
+    async def recall(self, issue: Issue) -> ScoredGroup:
+        self.started.add(issue.group)
+        await self.pass_time("judge")
+        if self.rng.random() < self.lost_share:
+            raise SpoolError("its bytes are not those that were written")
+        self.recalled.append(issue.group)
+        found = self.inherited[issue.group]
+        oldest, newest = (replace(version, incarnation=issue.incarnation) for version in found.versions)
+        self.judged[issue.group] = replace(
+            found,
+            header=SimpleNamespace(  # type: ignore[arg-type]
+                has_signal=found.has_signal, versions=(oldest, newest), spooled=issue.spooled
+            ),
+        )
+        self.ends.append("")
+        return self.judged[issue.group]
+
     def _cut_off(self, group: int, error: BaseException) -> None:
         self.cut_off.add(group)
         if isinstance(error, RolloutError | JudgeError):
@@ -287,6 +362,9 @@ class FakeRun:
         self.consumed_by = self.version
         self.taken += refs
         self.ages += [self.version.number - self.judged[ref].oldest_version.number for ref in refs]
+        self.abandoned += [ref for ref in refs if not self.sampled_by[ref] <= set(self.chain)]
+        known = {group for one in self.chain[1:] for group in self.seen[one]}
+        self.seen_again += [ref for ref in refs if ref in known]
         await self.pass_time("prepare")
         return list(refs)
 
@@ -301,7 +379,9 @@ class FakeRun:
         assert self.publishing == 0, "two publishes would be in flight"
         await self.pass_time("optimizer_step", longest_s=self.delay_s / 10)
         self._maybe_diverge("gradient norm is inf")
-        self.version = WeightVersion(0, self.version.number + 1)
+        self.version = replace(self.version, number=self.version.number + 1)
+        self.chain.append(next(_IDS))
+        self.seen[self.chain[-1]] = self.taken[-self.settings.groups_per_step :]
         return Weights(self.version)
 
     def _maybe_diverge(self, what: str) -> None:
@@ -343,5 +423,9 @@ class FakeRun:
         self.diverged = 0
 
     async def save(self, step: int) -> None:
+        prompts = self.prompts.state()
         await self.pass_time("save")
+        self.saved_prompts = prompts
+        self.ledger.durable(step=step, version=self.version)
+        self.saved_version, self.saved_chain = self.version, list(self.chain)
         self.saved.append(step)

@@ -19,6 +19,8 @@ import ray
 from rlaudio.actors.pool import RewardPool, RolloutPool, ScoredGroup
 from rlaudio.config import RunConfig
 from rlaudio.data.source import PromptSource
+from rlaudio.experience.issuing import Issuer
+from rlaudio.experience.ledger import Ledger
 from rlaudio.loop import Parts, train
 from rlaudio.recipes.control import commanded
 from rlaudio.recipes.scaling import Scaling, autoscaling, supervised
@@ -74,7 +76,10 @@ class JudgingActor:
 
     async def judge(self, record: PromptRecord, played: tuple[int, list[WeightVersion]]) -> tuple[Any, Any]:
         group, versions = played
-        return SimpleNamespace(has_signal=True, versions=(min(versions), max(versions)), group=group, late=""), played
+        header = SimpleNamespace(
+            has_signal=True, versions=(min(versions), max(versions)), group=group, late="", spooled=None
+        )
+        return header, played
 
 
 class PlayingPool(RolloutPool):
@@ -137,8 +142,10 @@ class LiveRun:
                 version=self.version,
                 told=self.told.append,
             ) as scaling:
+                ledger = Ledger.in_memory()
                 parts = Parts(
-                    prompts=self.prompts,
+                    prompts=Issuer(self.prompts, ledger),
+                    ledger=ledger,
                     rollouts=self.rollouts,
                     rewards=self.rewards,
                     learner=here,

@@ -24,6 +24,8 @@ from rlaudio.actors.rollout import PlayedHeader
 from rlaudio.config import RunConfig
 from rlaudio.data.source import PromptSource
 from rlaudio.experience.builder import played_batch
+from rlaudio.experience.issuing import Issuer
+from rlaudio.experience.ledger import Ledger
 from rlaudio.loop import Parts, train
 from rlaudio.observe.judge_watch import JudgeWatch
 from rlaudio.observe.observer import Observer
@@ -76,18 +78,6 @@ def make_records(lines: Mapping[str, Line]) -> list[PromptRecord]:
     ]
 
 
-class WrittenDownPrompts(PromptSource):
-    """A prompt source that remembers which issues were said to be done, in order."""
-
-    def __init__(self, records: Sequence[PromptRecord]) -> None:
-        super().__init__(records, seed=0)
-        self.ended: list[int] = []
-
-    def done(self, *numbers: int) -> None:
-        super().done(*numbers)
-        self.ended += numbers
-
-
 @dataclass
 class JudgedRun:
     """One run over actors that outlive it.
@@ -106,7 +96,8 @@ class JudgedRun:
 
     def __post_init__(self) -> None:
         self.lines = make_lines()
-        self.prompts = WrittenDownPrompts(make_records(self.lines))
+        self.prompts = PromptSource(make_records(self.lines), seed=0)
+        self.ledger = Ledger.in_memory()
         self.trap = trap_monitor(self.config)
         self.version = WeightVersion(0, 0)
         self.windows: list[Any] = []
@@ -129,7 +120,8 @@ class JudgedRun:
             trap=self.trap,
         )
         parts = Parts(
-            prompts=self.prompts,
+            prompts=Issuer(self.prompts, self.ledger),
+            ledger=self.ledger,
             rollouts=here,
             rewards=self.rewards,
             learner=here,

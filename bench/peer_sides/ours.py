@@ -16,6 +16,8 @@ from peer_sides.events import even_share, tell
 from rlaudio.config import RunConfig, SourceSettings
 from rlaudio.data.run_data import read_data
 from rlaudio.data.source import PromptSource
+from rlaudio.experience.issuing import Issuer
+from rlaudio.experience.ledger import Ledger
 from rlaudio.loop import Parts, train
 from rlaudio.observe.observer import Observer
 from rlaudio.observe.progress import Progress
@@ -104,8 +106,10 @@ async def run(config: RunConfig, *, out: Path) -> None:
         actors = running_actors(config, version=WeightVersion(0, 0), checkpoint=None, told=progress.say)
         async with actors as live:
             tell("ready")
+            ledger = Ledger.in_memory()
             parts = Parts(
-                prompts=PromptSource(data.train, seed=0),
+                prompts=Issuer(PromptSource(data.train, seed=0), ledger),
+                ledger=ledger,
                 rollouts=live.rollouts,
                 rewards=live.rewards,
                 learner=live.learner,

@@ -17,6 +17,8 @@ from rlaudio.actors.serving import serving_environment
 from rlaudio.config import RunConfig
 from rlaudio.errors import EngineError, JudgeError, RolloutError, TurnTimeoutError, VerdictTimeoutError
 from rlaudio.evals.summary import DialogueResult
+from rlaudio.experience.issuing import Issue
+from rlaudio.experience.spool import Spooled
 from rlaudio.observe.metrics import GroupStats
 from rlaudio.types import PromptRecord, WeightVersion
 
@@ -82,6 +84,14 @@ class ScoredGroup:
     @property
     def oldest_version(self) -> WeightVersion:
         return self.header.versions[0]
+
+    @property
+    def versions(self) -> tuple[WeightVersion, WeightVersion]:
+        return self.header.versions
+
+    @property
+    def spooled(self) -> Spooled | None:
+        return self.header.spooled
 
 
 class RolloutPool:
@@ -255,6 +265,20 @@ class RewardPool:
             late=lambda header: str(header.late),
         )
         return ScoredGroup(played.record, header, refs[1], played.states, played.header)
+
+    async def recall(self, issue: Issue) -> ScoredGroup:
+        """Experience that an earlier life of the run left in the spool, under this life's names of the same weights.
+
+        Its encoder states are gone: the ranks encode its clips themselves.
+
+        Raises:
+            SpoolError: the file is gone or damaged. JudgeError, EngineError: as `judge`.
+        """
+        (header, played), refs = await self._answer(
+            lambda handle: handle.recall.options(num_returns=2).remote(issue.spooled), issue.record
+        )
+        oldest, newest = (replace(version, incarnation=issue.incarnation) for version in header.versions)
+        return ScoredGroup(issue.record, replace(header, versions=(oldest, newest)), refs[1], None, played)
 
     async def evaluate(self, played: PlayedGroup) -> DialogueResult:
         """Judge one held-out dialogue. A source that was slow is left out of it, one that hangs is asked elsewhere.

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,16 +14,19 @@ import pyarrow as pa
 
 from rlaudio.actors.group_stats import correct_turns, group_stats
 from rlaudio.actors.judge_services import start_services
+from rlaudio.actors.rollout import PlayedHeader
 from rlaudio.actors.serving import ping_engine
+from rlaudio.actors.spooling import counts_of, header_from_json, header_to_json
 from rlaudio.aio import all_or_first_error
 from rlaudio.audio.store import ClipStore
 from rlaudio.config import RunConfig, SourceSettings
 from rlaudio.data.augmentation import Augmenter
 from rlaudio.dialogue.users import played_turns, user_message
 from rlaudio.engines.base import Engine
-from rlaudio.errors import ConfigError, JudgeError, VerdictTimeoutError
+from rlaudio.errors import ConfigError, JudgeError, SpoolError, VerdictTimeoutError
 from rlaudio.evals.summary import DialogueResult, RewardPart, TurnResult
 from rlaudio.experience.builder import read_dialogues, with_rewards
+from rlaudio.experience.spool import Spool, Spooled
 from rlaudio.observe.metrics import GroupStats
 from rlaudio.registry import load_object
 from rlaudio.rewards.base import Failure, Judge, Scores
@@ -42,12 +46,14 @@ class ScoredHeader:
         has_signal: some sibling did better than another, so there is something to learn.
         versions: oldest and newest weights that sampled a token of the group.
         late: of a source that is only measured: it gave nothing in time, in words; the group is whole without it.
+        spooled: the group's file, where the run has a spool and the group can be trained on.
     """
 
     has_signal: bool
     versions: tuple[WeightVersion, WeightVersion]
     stats: GroupStats
     late: str = ""
+    spooled: Spooled | None = None
 
 
 class _Source(NamedTuple):
@@ -73,6 +79,7 @@ class RewardWorker:
         self._counts: dict[str, float] = {}
         self._engines: list[Engine] = []
         self._augmenter = Augmenter(config.data.augment, ClipStore(config.data.clips), seed=config.run.seed)
+        self._spool = Spool(config.run.spool) if config.run.spool else None
 
     async def start(self) -> None:
         services = await start_services(self._config, on_gpu=self._on_gpu)
@@ -143,7 +150,21 @@ class RewardWorker:
             ),
             late=late,
         )
+        if self._spool is not None and (header.has_signal or not self._config.algorithm.drops_groups_without_signal):
+            write = partial(self._spool.write, group=dialogues[0].group, header=header_to_json(header))
+            header = replace(header, spooled=await asyncio.to_thread(write, experience))
         return header, experience
+
+    async def recall(self, spooled: Spooled) -> tuple[tuple[ScoredHeader, PlayedHeader], pa.RecordBatch]:
+        """A group that was judged in an earlier life of the run. Two return values, as `judge`.
+
+        Raises:
+            SpoolError: its file is gone or damaged.
+        """
+        if self._spool is None:
+            raise SpoolError(f"{spooled.name} is asked for and run.spool is not set")
+        written, batch = await asyncio.to_thread(self._spool.read, spooled)
+        return (ScoredHeader(**header_from_json(written), spooled=spooled), counts_of(batch)), batch
 
     def _weights(self, record: PromptRecord, *, oldest: WeightVersion) -> list[SourceWeight]:
         """How the sources that judge a record enter the mix of a group whose oldest token `oldest` sampled."""

@@ -36,11 +36,14 @@ def add_data_commands(commands: _SubParsersAction[Any]) -> None:
     curate.set_defaults(run=_curate)
     bring = verbs.add_parser("import", help="make records and clips of a local copy of a public set")
     bring.add_argument("--from", dest="layout", required=True, metavar="LAYOUT", help="a name, or package.module:Class")
-    bring.add_argument("paths", nargs=2, metavar=("SRC", "OUT"), help="the copy, and the new data root")
+    # Not nargs=2 with two names: argparse of Python 3.11 fails where it should say what is missing.
+    bring.add_argument("paths", action="append", metavar="SRC", help="the copy")
+    bring.add_argument("paths", action="append", metavar="OUT", help="the new data root")
     bring.add_argument("--license", metavar="NAME", help="of the copy, in place of the one that is known of the set")
     bring.set_defaults(run=_import)
     speak = verbs.add_parser("speak", help="let voices say the users' texts of records")
-    speak.add_argument("paths", nargs=2, metavar=("TEXTS", "OUT"), help="JSONL of records, and the new data root")
+    speak.add_argument("paths", action="append", metavar="TEXTS", help="JSONL of records")
+    speak.add_argument("paths", action="append", metavar="OUT", help="the new data root")
     speak.add_argument(
         "--voice",
         action="append",

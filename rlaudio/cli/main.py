@@ -42,13 +42,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     scale.add_argument("overrides", nargs="*", metavar="pool=number", help="rollout=N, reward=N; none only shows")
     scale.add_argument("--no-wait", action="store_true", help="return when the run has been told")
     scale.add_argument("--deadline", type=float, default=600.0, metavar="S", help="seconds to wait for the sizes")
+    command = commands.add_parser("audit", help="whether every prompt group of a run ended once; exit code 1 if not")
+    command.add_argument("run", help="run folder, of a run that lives or is dead")
     # argparse takes no `key=value` behind an option unless it is told where to look.
     arguments, behind = parser.parse_known_args(argv)
     strange = [argument for argument in behind if argument.startswith("-") or "=" not in argument]
     if strange:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
-    getattr(arguments, "overrides" if hasattr(arguments, "overrides") else "paths").extend(behind)
+    if behind:
+        more = getattr(arguments, "overrides", getattr(arguments, "paths", None))
+        if more is None:
+            parser.error(f"{arguments.command} takes no settings: {' '.join(behind)}")
+        more.extend(behind)
     try:
+        if arguments.command == "audit":
+            from rlaudio.cli.audit import audit_command
+
+            return audit_command(arguments.run)
         if arguments.command == "data":
             code: int = arguments.run(arguments)
             return code

@@ -142,7 +142,7 @@ def _run_whole(config: RunConfig, data: RunData, folder: RunFolder, stopping: St
         return TERMINATED if by_signal else INTERRUPTED
     except RlaudioError:
         print(f"the run folder keeps what was done: {folder.path}", file=sys.stderr)
-        if any(folder.checkpoints.glob("step-*/driver.json")):
+        if any(folder.checkpoints.glob("step-*/manifest.json")):
             print(f"go on with: {resume_command(folder)}", file=sys.stderr)
         raise
     finally:

@@ -1,9 +1,11 @@
-"""An endless, seeded stream of prompts that can be stopped and resumed at exactly the same place, losing none."""
+"""An endless, seeded stream of prompts that can be stopped and resumed at exactly the same place.
+
+What became of a prompt that was dealt is the ledger's business (`experience/ledger.py`).
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,28 +36,25 @@ class PromptSource:
         self._position = 0
         self._order = self._shuffle()
         self._records_by_id = {record.id: record for record in self._records}
-        self._again: deque[PromptRecord] = deque()
-        self._outstanding: dict[int, str] = {}
         self.num_issued = 0
 
     def __len__(self) -> int:
         return len(self._records)
 
     def next(self) -> PromptRecord:
-        """Issue the next prompt under the number `num_issued`; never ends. What a stop left open comes first."""
-        record = self._again.popleft() if self._again else self._draw()
-        self._outstanding[self.num_issued] = record.id
+        """Deal the next prompt, under the number `num_issued`; never ends."""
+        record = self._draw()
         self.num_issued += 1
         return record
 
-    def done(self, *numbers: int) -> None:
-        """These issues were trained on or dropped: they need not come again.
-
-        Raises:
-            KeyError: a number was never issued, or was done before.
-        """
-        for number in numbers:
-            del self._outstanding[number]
+    def find(self, prompt_id: str) -> PromptRecord:
+        """The record of this id. Raises DataError: there is none."""
+        try:
+            return self._records_by_id[prompt_id]
+        except KeyError:
+            raise DataError(
+                f"no record is called {prompt_id!r} any more: resume with the data that the run began with"
+            ) from None
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, as JSON-ready values: give it to `restore` of a source over the same records."""
@@ -65,16 +64,15 @@ class PromptSource:
             "position": self._position,
             "digest": self._digest,
             "num_issued": self.num_issued,
-            "outstanding": [*self._outstanding.values(), *(record.id for record in self._again)],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where `state` was taken; what was issued and not done then is issued again, first.
+        """Go on exactly where `state` was taken.
 
         Raises:
             DataError: the state was taken over other records, or is not a state. The source is left as it was.
         """
-        missing = sorted({"seed", "epoch", "position", "digest", "num_issued", "outstanding"} - set(state))
+        missing = sorted({"seed", "epoch", "position", "digest", "num_issued"} - set(state))
         if missing:
             raise DataError(f"prompt source state lacks {', '.join(missing)}; it was not written by this version")
         if state["digest"] != self._digest:
@@ -89,8 +87,6 @@ class PromptSource:
             )
         self._seed, self._epoch, self._position = int(state["seed"]), int(state["epoch"]), position
         self._order = self._shuffle()
-        self._again = deque(self._records_by_id[name] for name in state["outstanding"])
-        self._outstanding = {}
         self.num_issued = int(state["num_issued"])
 
     def _draw(self) -> PromptRecord:

@@ -17,7 +17,7 @@ against the versions that were recorded with the tokens: slots and order promise
 """
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -38,12 +38,13 @@ E = TypeVar("E", bound=Experience)
 
 NO_SIGNAL = "no signal: every sibling has the same reward"
 DIVERGED = "diverged: loss or gradient was not finite"
+CUT_OFF = "cut off: the run ended between two optimizer steps of its batch"
 TOO_OLD = "too old: it was overtaken for too long"
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A group's place in line. Numbers grow by one per admission and are never reused within a run."""
+    """A group's place in line: its number. In a line numbers grow, and none comes twice."""
 
     group: int
 
@@ -77,7 +78,6 @@ class StalenessWindow(Generic[E]):
 
     Args:
         settings: staleness, look-ahead, groups per step, and how many drops in a row are too many.
-        first_group: number of the first ticket.
         dropped: told once of every ticket that will not be trained on, with the reason.
     """
 
@@ -85,22 +85,20 @@ class StalenessWindow(Generic[E]):
         self,
         settings: AlgorithmSettings,
         *,
-        first_group: int = 0,
         dropped: Callable[[Ticket, str], None] = lambda ticket, reason: None,
     ) -> None:
         self._groups_per_step = settings.groups_per_step
         self._slots = asyncio.Semaphore((settings.max_staleness + 1) * settings.groups_per_step)
         self._look_ahead = settings.look_ahead if settings.max_staleness else 0
-        steps = settings.epochs * settings.minibatches
-        overtaken = -(-self._look_ahead // settings.groups_per_step)
-        self._promised = (settings.max_staleness + overtaken) * steps
-        self.bound = settings.max_staleness * steps if settings.too_old == "drop" else self._promised
+        self._promised = promised_age(settings, overtaken=True)
+        self.bound = promised_age(settings)
         self._max_dropped = settings.max_dropped_in_a_row
         self._on_drop = dropped
-        self._first = self._next = first_group
-        self._line: deque[int] = deque()
+        self._num_admitted = 0
+        self._line: OrderedDict[int, None] = OrderedDict()  # thousands: whoever leaves is not searched for
         self._ready: dict[int, tuple[E, float]] = {}  # with the time it became so
         self._overtaken: Counter[int] = Counter()  # groups in line only
+        self._waited_for: int | None = None  # nothing can be taken before this group is ready or has left
         self._held: set[int] = set()  # taken, not released
         self._changed = asyncio.Condition()
         self._dropped: Counter[str] = Counter()
@@ -109,19 +107,22 @@ class StalenessWindow(Generic[E]):
         self._num_taken = 0
         self._last_overtaken, self._ready_s, self._take_s = 0, 0.0, 0.0
 
-    async def admit(self) -> Ticket:
-        """Wait for a free slot: the only backpressure on generation."""
+    async def slot(self) -> None:
+        """Wait until a group may be admitted, and keep its place: the only backpressure on generation."""
         await self._slots.acquire()
-        ticket = Ticket(self._next)
-        self._next += 1
-        self._line.append(ticket.group)
-        return ticket
+
+    def admit(self, group: int) -> Ticket:
+        """The group of this number takes the slot that was waited for, at the end of the line."""
+        self._num_admitted += 1
+        self._line[group] = None
+        return Ticket(group)
 
     async def settle(self, ticket: Ticket, experience: E) -> None:
         """The group is ready to be trained on."""
         async with self._changed:
             self._require_waiting(ticket)
             self._ready[ticket.group] = (experience, _now_s())
+            self._waits_no_more(ticket.group)
             self._dropped_in_a_row = 0
             self._changed.notify_all()
 
@@ -171,24 +172,23 @@ class StalenessWindow(Generic[E]):
             self._overtaken += overtaken
             return self._hand_out(chosen, num_overtaken=overtaken.total(), began_s=began_s)
 
-    def release(self, tickets: Iterable[Ticket], *, dropped: str = "") -> None:
-        """Weights trained on a taken batch are live on every engine: its slots are free.
-
-        Args:
-            dropped: why the batch was not trained on, if it was not: its groups count as dropped.
-        """
+    def lose(self, tickets: Iterable[Ticket], *, reason: str) -> None:
+        """A taken batch was not trained on: its groups count as dropped. Their slots stay held until `release`."""
         for ticket in tickets:
-            if ticket.group not in self._held:
-                raise ValueError(f"group {ticket.group} holds no slot after a take: it was released before")
+            self._require_held(ticket)
+            self._num_taken -= 1
+            self._count_drop(ticket.group, reason=reason)
+
+    def release(self, tickets: Iterable[Ticket]) -> None:
+        """Weights trained on a taken batch are live on every engine: its slots are free."""
+        for ticket in tickets:
+            self._require_held(ticket)
             self._held.remove(ticket.group)
-            if dropped:
-                self._num_taken -= 1
-                self._count_drop(ticket.group, reason=dropped)
             self._slots.release()
 
     def stats(self) -> WindowStats:
         return WindowStats(
-            admitted=self._next - self._first,
+            admitted=self._num_admitted,
             taken=self._num_taken,
             dropped=dict(self._dropped),
             waiting=len(self._line) - len(self._ready),
@@ -200,21 +200,30 @@ class StalenessWindow(Generic[E]):
         )
 
     def _choose(self) -> tuple[list[int], Counter[int]]:
-        """At most one batch of ready groups in order of admission, and how often that would overtake which others."""
+        """One batch of ready groups in order of admission, and how often that overtakes which others; or fewer."""
         chosen: list[int] = []
         passed: list[int] = []
         overtaken: Counter[int] = Counter()
+        if self._waited_for is not None or len(self._ready) < self._groups_per_step:
+            return chosen, overtaken  # asked at every group that is settled: the line is not walked for nothing
         for group in self._line:
             if len(chosen) == self._groups_per_step:
                 break
             if group not in self._ready:
                 passed.append(group)
                 continue
-            if any(self._overtaken[slow] + overtaken[slow] >= self._look_ahead for slow in passed):
+            # Who overtakes one in line overtakes all that are slow before it: the first was overtaken most. Whatever
+            # else becomes ready, it is overtaken no more and nothing behind it is taken.
+            if passed and self._overtaken[passed[0]] + overtaken[passed[0]] >= self._look_ahead:
+                self._waited_for = passed[0]
                 break
             overtaken.update(passed)
             chosen.append(group)
         return chosen, overtaken
+
+    def _waits_no_more(self, group: int) -> None:
+        if group == self._waited_for:
+            self._waited_for = None
 
     def _is_too_old(self, group: int, consumed_by: WeightVersion) -> bool:
         oldest = self._ready[group][0].oldest_version
@@ -233,7 +242,7 @@ class StalenessWindow(Generic[E]):
         waited_s = 0.0
         for group in chosen:
             experience, ready_since_s = self._ready.pop(group)
-            self._line.remove(group)
+            del self._line[group]
             del self._overtaken[group]
             taken.append((Ticket(group), experience))
             waited_s += now_s - ready_since_s
@@ -243,7 +252,8 @@ class StalenessWindow(Generic[E]):
         return taken
 
     def _leave_line(self, group: int, *, reason: str) -> None:
-        self._line.remove(group)
+        del self._line[group]
+        self._waits_no_more(group)
         self._ready.pop(group, None)
         del self._overtaken[group]
         self._count_drop(group, reason=reason)
@@ -256,6 +266,22 @@ class StalenessWindow(Generic[E]):
     def _require_waiting(self, ticket: Ticket) -> None:
         if ticket.group not in self._line or ticket.group in self._ready:
             raise ValueError(f"group {ticket.group} is not waiting: it was settled, dropped or taken before")
+
+    def _require_held(self, ticket: Ticket) -> None:
+        if ticket.group not in self._held:
+            raise ValueError(f"group {ticket.group} holds no slot after a take: it was released before")
+
+
+def promised_age(settings: AlgorithmSettings, *, overtaken: bool = False) -> int:
+    """Versions that a token may be old when it is trained on.
+
+    Args:
+        overtaken: also what `too_old: drop` would drop: how old slots and order let a group become.
+    """
+    batches = settings.max_staleness
+    if settings.max_staleness and (overtaken or settings.too_old != "drop"):
+        batches += -(-settings.look_ahead // settings.groups_per_step)
+    return batches * settings.epochs * settings.minibatches
 
 
 def _now_s() -> float:

@@ -27,6 +27,7 @@ from rlaudio.learner.messages import (
     StepMetrics,
     TrainerSpec,
 )
+from rlaudio.types import WeightVersion
 from rlaudio.weights.membership import SenderStep, WeightSender
 
 if TYPE_CHECKING:
@@ -202,9 +203,10 @@ class LearnerGroup:
         """Run a probe on every rank at once; rank 0's answer. Raises what the probe raises."""
         return (await self._all("probe", probe, *refs))[0]
 
-    async def save(self, path: Path | str) -> None:
-        """Write a resumable checkpoint folder, `path`/model being the exported policy. All or nothing."""
-        await self._all("save", Path(path))
+    async def save(self, path: Path | str) -> WeightVersion:
+        """Write a resumable checkpoint, `path`/model being the exported policy; all or nothing. Its weights' name."""
+        versions: list[WeightVersion] = await self._all("save", Path(path))
+        return versions[0]
 
     async def load(self, path: Path | str) -> StepMetrics:
         """Go on from a checkpoint, in this spec's incarnation. Raises CheckpointError: not whole, or of other ranks."""
@@ -365,8 +367,9 @@ class _RankActor:
     def probe(self, probe: RankProbe, *batches: pa.RecordBatch) -> Any:
         return self._worker.probe(probe, *batches)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> WeightVersion:
         self._worker.save(path)
+        return self._worker.trainer.version
 
     def load(self, path: Path) -> StepMetrics:
         return self._worker.load(path)

@@ -56,6 +56,11 @@ def joined_ray(needs: Mapping[str, tuple[float, float]], *, waits: bool = False)
         ray.shutdown()
 
 
+def num_nodes() -> int:
+    """Living nodes of the cluster that was joined."""
+    return sum(bool(node["Alive"]) for node in ray.nodes())
+
+
 def _private_cpus(needs: Mapping[str, tuple[float, float]]) -> int:
     # A private cluster takes the run's word for its size: two cores share three roles well enough to try it.
     wanted = sum(cpus for cpus, _ in needs.values())

@@ -12,10 +12,9 @@ from ray.actor import ActorHandle
 
 from rlaudio.actors.members import DEATHS, ActorPool
 from rlaudio.actors.pool import RewardPool, RolloutPool
-from rlaudio.aio import first_error, undisturbed
+from rlaudio.aio import first_error
 from rlaudio.config import RunConfig
-from rlaudio.data.run_data import RunData, prompt_source
-from rlaudio.data.source import PromptSource
+from rlaudio.data.run_data import RunData
 from rlaudio.doctor.sides import RaySides
 from rlaudio.errors import DataError, LearnerError, RlaudioError
 from rlaudio.evals.heldout import evaluate
@@ -27,11 +26,11 @@ from rlaudio.observe.observer import Observer
 from rlaudio.observe.progress import Progress
 from rlaudio.observe.tracker import Tracker, read_curves
 from rlaudio.observe.trap import TrapMonitor, held_out_trap
-from rlaudio.recipes.checkpoints import CheckpointStore, DriverState
-from rlaudio.recipes.cluster import actor_environment
+from rlaudio.recipes.cluster import actor_environment, num_nodes
 from rlaudio.recipes.control import commanded
 from rlaudio.recipes.doctor import PROBE_DEADLINE_S, examine_before_training, trainer_spec
 from rlaudio.recipes.places import reserve
+from rlaudio.recipes.restoring import Memory, remembering, require_shared_roots, with_spool
 from rlaudio.recipes.scaling import Scaling, autoscaling, supervised
 from rlaudio.registry import load_object
 from rlaudio.rewards.generative import GenerativeJudge
@@ -74,21 +73,30 @@ async def run_rl(
 
     A run that ends early (Ctrl-C, starved, engines lost) saves where it stands, so it can be resumed.
     """
+    require_shared_roots(config, folder, num_nodes=num_nodes())
+    with remembering(config, data=data, folder=folder, resume=resume, told=progress.say) as memory:
+        return await _run(
+            config, data=data, folder=folder, tracker=tracker, progress=progress, memory=memory, timings_s=timings_s
+        )
+
+
+async def _run(
+    config: RunConfig,
+    *,
+    data: RunData,
+    folder: RunFolder,
+    tracker: Tracker,
+    progress: Progress,
+    memory: Memory,
+    timings_s: Mapping[str, float],
+) -> RunOutcome:
     started = time.monotonic()
-    store = CheckpointStore(folder.checkpoints)
-    latest = store.latest() if resume else None
-    state = latest[1] if latest else DriverState(step=0, incarnation=0, prompts={})
-    version = WeightVersion(state.incarnation + (latest is not None), state.step)
-    prompts = prompt_source(data, seed=config.run.seed)
-    if latest:
-        prompts.restore(state.prompts)
     progress.stage("starting engines and learner")
-    checkpoint = latest[0] if latest else None
     async with (
         running_actors(
-            config,
-            version=version,
-            checkpoint=checkpoint,
+            with_spool(config, folder),
+            version=memory.version,
+            checkpoint=memory.checkpoint,
             told=progress.say,
             synced=lambda sent: tracker.log(sync_metrics(sent), step=sent.version.number),
         ) as actors,
@@ -105,8 +113,8 @@ async def run_rl(
             progress=progress,
         )
         trap = trap_monitor(config)
-        if state.step:
-            trap.replay(read_curves(folder.metrics / "metrics.jsonl", prefix="reward/"), before=state.step)
+        if memory.step:
+            trap.replay(read_curves(folder.metrics / "metrics.jsonl", prefix="reward/"), before=memory.step)
         observer = Observer(
             tracker=tracker,
             progress=progress,
@@ -116,22 +124,22 @@ async def run_rl(
             trap=trap,
         )
         before = await evaluated(
-            config, data, actors, phase="before", step=state.step, folder=folder, progress=progress
+            config, data, actors, phase="before", step=memory.step, folder=folder, progress=progress
         )
-        saver = _Saver(store, actors.learner, prompts, incarnation=version.incarnation)
         parts = Parts(
-            prompts=prompts,
+            prompts=memory.prompts,
+            ledger=memory.ledger,
             rollouts=actors.rollouts,
             rewards=actors.rewards,
             learner=actors.learner,
             weights=actors.weights,
             observer=observer,
             version=actors.version,
-            save=saver,
+            save=memory.saver(actors.learner),
         )
         train_started = time.monotonic()
         progress.stage("training")
-        await train_and_keep(config, parts, first_step=state.step, progress=progress)
+        await train_and_keep(config, parts, first_step=memory.step, progress=progress)
         train_s = time.monotonic() - train_started
         await actors.learner.export(folder.path / "model")
         after = await evaluated(
@@ -146,7 +154,7 @@ async def run_rl(
             "dialogues_per_s": totals.num_dialogues / max(train_s, 1e-9),
             "turns_per_s": totals.num_turns / max(train_s, 1e-9),
             "response_tokens_per_s": totals.num_response_tokens / max(train_s, 1e-9),
-            "steps_per_s": (config.run.steps - state.step) / max(train_s, 1e-9),
+            "steps_per_s": (config.run.steps - memory.step) / max(train_s, 1e-9),
         },
         timings_s={**timings_s, "startup": startup_s, "train": train_s},
         num_resamples=config.evaluation.bootstrap,
@@ -208,29 +216,6 @@ async def train_and_keep(config: RunConfig, parts: Parts, *, first_step: int, pr
         if group.subgroup(LearnerError) is None:
             await keep(f"training ended by {type(error).__name__}")
         raise error from group
-
-
-class _Saver:
-    """Saves learner and driver together; the prompts' state includes groups issued and not yet trained."""
-
-    def __init__(
-        self, store: CheckpointStore, learner: LearnerGroup, prompts: PromptSource, *, incarnation: int
-    ) -> None:
-        self._store = store
-        self._learner = learner
-        self._prompts = prompts
-        self._incarnation = incarnation
-
-    async def __call__(self, step: int) -> None:
-        """Save as of `step` batches trained, to the end even on Ctrl-C; what is whole already is not saved again."""
-        if not self._store.holds(step):
-            await undisturbed(self._save(step))
-
-    async def _save(self, step: int) -> None:
-        path = self._store.begin(step)
-        prompts = self._prompts.state()
-        await self._learner.save(path)
-        self._store.finish(path, DriverState(step=step, incarnation=self._incarnation, prompts=prompts))
 
 
 class Evaluators(Protocol):

@@ -171,7 +171,7 @@ class _Training:
     async def _save(self, place: Place) -> None:
         path = self._store.begin(place.step)
         await self._learner.save(path)
-        self._store.finish(path, DriverState(step=place.step, incarnation=0, prompts=asdict(place)))
+        self._store.finish(path, DriverState(step=place.step, incarnation=0, number=place.step, prompts=asdict(place)))
 
 
 def _accuracy(values: dict[str, float]) -> dict[str, float]:

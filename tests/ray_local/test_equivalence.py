@@ -26,6 +26,8 @@ from rlaudio.actors.serving import start_engine
 from rlaudio.config import RunConfig
 from rlaudio.data.source import PromptSource
 from rlaudio.errors import EngineError
+from rlaudio.experience.issuing import Issuer
+from rlaudio.experience.ledger import Ledger
 from rlaudio.learner.group import LearnerGroup
 from rlaudio.learner.messages import MinibatchSpec
 from rlaudio.loop import Parts, train
@@ -96,8 +98,10 @@ async def asynchronous(world: World) -> tuple[Snapshot, list[str]]:
 
     try:
         await asyncio.gather(rewards.start(), learner.start())
+        ledger = Ledger.in_memory()
         parts = Parts(
-            prompts=PromptSource(world.records, seed=config.run.seed),
+            prompts=Issuer(PromptSource(world.records, seed=config.run.seed), ledger),
+            ledger=ledger,
             rollouts=world.rollouts,
             rewards=rewards,
             learner=learner,

@@ -49,7 +49,7 @@ def test_a_failed_run_says_so_everywhere(
     async def fails(config: RunConfig, *, folder: Any, **_: object) -> None:
         checkpoint = folder.checkpoints / "step-000020"
         checkpoint.mkdir(parents=True)
-        (checkpoint / "driver.json").write_text("{}")
+        (checkpoint / "manifest.json").write_text("{}")
         if isinstance(failure, Terminated):  # as a job that is stopped meets it
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.sleep(60)

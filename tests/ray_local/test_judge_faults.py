@@ -86,13 +86,13 @@ class Ended:
 
     def assert_every_group_is_accounted_for(self) -> None:
         """Issued = trained + dropped, each with a reason, + the few still in the making when the last step was done."""
-        prompts, totals, settings = self.run.prompts, self.observer.totals, self.run.config.algorithm
+        sums, totals, settings = self.run.ledger.sums(), self.observer.totals, self.run.config.algorithm
         assert self.observer.steps_done == self.run.config.run.steps
-        assert len(prompts.ended) == len(set(prompts.ended)), "a group ended twice"
-        open_at_end = prompts.state()["outstanding"]
-        assert prompts.num_issued == len(prompts.ended) + len(open_at_end)
-        assert len(open_at_end) <= (settings.max_staleness + 1) * settings.groups_per_step
-        assert len(prompts.ended) == totals.num_groups + sum(totals.drops.values())
+        assert sums.problems == () and sums.num_groups == self.run.prompts.num_issued
+        open_at_end = sums.issued + sums.ready
+        assert sums.num_groups == sums.trained + sum(sums.dropped.values()) + open_at_end
+        assert open_at_end <= (settings.max_staleness + 1) * settings.groups_per_step
+        assert (sums.trained, sums.dropped) == (totals.num_groups, totals.drops)
         assert totals.num_groups == self.run.config.run.steps * settings.groups_per_step
         assert all(totals.drops)
         window = self.run.windows[-1]

@@ -23,11 +23,11 @@ pytestmark = pytest.mark.soak
 STAGE_DEADLINE_S = 40 * 60.0
 MADE_ALIKE = ("mid_training", "cold_start", "reward_model")
 MIDDLES: dict[str, Callable[[Path], bool]] = {
-    "mid_training": lambda runs: any(runs.glob("*/checkpoints/step-*/driver.json")),
-    "cold_start": lambda runs: any(runs.glob("*/checkpoints/step-*/driver.json")),
-    "reward_model": lambda runs: any(runs.glob("*/checkpoints/step-*/driver.json")),
+    "mid_training": lambda runs: any(runs.glob("*/checkpoints/step-*/manifest.json")),
+    "cold_start": lambda runs: any(runs.glob("*/checkpoints/step-*/manifest.json")),
+    "reward_model": lambda runs: any(runs.glob("*/checkpoints/step-*/manifest.json")),
     "curation": lambda runs: any(len(file.read_bytes().splitlines()) >= 5 for file in runs.glob("*/rolled.jsonl")),
-    "joint": lambda runs: any(runs.glob("*/checkpoints/step-*/driver.json")),
+    "joint": lambda runs: any(runs.glob("*/checkpoints/step-*/manifest.json")),
     "evaluation": lambda runs: any(runs.glob("*/evaluation-*.json")),
 }
 """Stage -> whether it has done something and not all, by its run folders."""

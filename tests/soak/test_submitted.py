@@ -48,7 +48,7 @@ def test_submitted_stopped_and_submitted_again(tmp_path: Path) -> None:
     with running_head() as head:
         first = submit(head, *settings(world, root, steps=400))
         until = time.monotonic() + DEADLINE_S
-        while not list(root.glob("*/checkpoints/step-*/driver.json")):
+        while not list(root.glob("*/checkpoints/step-*/manifest.json")):
             assert first.poll() is None and time.monotonic() < until, first.communicate()[0]
             time.sleep(0.5)
         listed, _ = submit(head, "--list").communicate(timeout=DEADLINE_S)
@@ -60,7 +60,7 @@ def test_submitted_stopped_and_submitted_again(tmp_path: Path) -> None:
         assert first.returncode == 130 and f"run folder: {run}\n" in output, output
         assert re.search(r"^curves: env .*mlflow ui ", output, re.MULTILINE) and f"--resume {run}" in output
 
-        stopped_at = max(int(path.parent.name.split("-")[1]) for path in run.glob("checkpoints/*/driver.json"))
+        stopped_at = max(int(path.parent.name.split("-")[1]) for path in run.glob("checkpoints/*/manifest.json"))
         again = submit(head, *settings(world, root, steps=stopped_at + 2), "--resume", str(run))
         output, _ = again.communicate(timeout=DEADLINE_S)
         assert again.returncode == 0, output

@@ -117,7 +117,7 @@ def test_engines_that_refuse_weights_are_left_out_and_the_run_goes_on(staleness:
 
 def test_slow_groups_cost_nobody_its_place() -> None:
     """Now and then a group outlives its deadline; others end on the same engine meanwhile."""
-    world = FakeRun(settings(staleness=4), slow_share=0.15, steps=40)
+    world = FakeRun(settings(staleness=4), slow_share=0.15, steps=60)
     world.run()
     assert sum(len(actor.timed_out) for actor in world.actors.values()) > 10 and not world.told
 

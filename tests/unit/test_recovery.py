@@ -4,7 +4,7 @@ import asyncio
 import io
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,8 @@ from rlaudio.actors.pool import PlayedGroup, RewardPool
 from rlaudio.aio import undisturbed
 from rlaudio.cli.train import make_importable, resume_command
 from rlaudio.config import AlgorithmSettings, EvaluationSettings, RunConfig
-from rlaudio.data.run_data import RunData
+from rlaudio.data.mixture import MixturePart
+from rlaudio.data.run_data import RunData, prompt_source
 from rlaudio.data.source import PromptSource
 from rlaudio.errors import (
     CheckpointError,
@@ -32,13 +33,16 @@ from rlaudio.errors import (
 )
 from rlaudio.evals.heldout import evaluate
 from rlaudio.evals.summary import EvaluationResult, read_evaluation, summarise, write_evaluation
+from rlaudio.experience.issuing import Issuer
+from rlaudio.experience.ledger import Ledger
 from rlaudio.loop import Parts
 from rlaudio.observe.metrics import GroupStats
 from rlaudio.observe.observer import Observer
 from rlaudio.observe.progress import Progress
 from rlaudio.recipes.checkpoints import CheckpointStore, DriverState
+from rlaudio.recipes.restoring import remembering
 from rlaudio.recipes.rl import evaluated, train_and_keep
-from rlaudio.runs import RunFolder, create_run, find_run
+from rlaudio.runs import RunFolder, create_run, find_run, open_run
 from rlaudio.types import Message, PromptRecord, TextPart, WeightVersion
 from tests.unit.evaluations import dialogue, turn
 
@@ -64,7 +68,8 @@ class World:
         if self.trained >= self.until and isinstance(self.failure, RolloutError):
             raise self.failure
         version = WeightVersion(0, self.trained)
-        return SimpleNamespace(has_signal=True, ref=group, states=None, oldest_version=version)
+        judged = {"versions": (version, version), "spooled": None}
+        return SimpleNamespace(has_signal=True, ref=group, states=None, oldest_version=version, **judged)
 
     async def judge(self, played: Any) -> Any:
         return played
@@ -103,8 +108,10 @@ async def train_world(
 ) -> None:
     config = RunConfig(algorithm=AlgorithmSettings(max_staleness=staleness, groups_per_step=1, max_dropped_in_a_row=3))
     config.run.steps, config.run.checkpoint_every = 1_000, 500
+    ledger = Ledger.in_memory()
     parts: Any = Parts(
-        prompts=PromptSource(RECORDS, seed=0),
+        prompts=Issuer(PromptSource(RECORDS, seed=0), ledger),
+        ledger=ledger,
         rollouts=world,  # type: ignore[arg-type]
         rewards=world,  # type: ignore[arg-type]
         learner=world,  # type: ignore[arg-type]
@@ -177,6 +184,7 @@ class LosesItsEnginesWithinAStep(World):
 
 
 async def test_an_error_within_an_optimizer_step_saves_as_many_steps_as_the_learner_took() -> None:
+    """The task group is ending when the step's batch is recorded: it takes no new task, such as a publish."""
     world = LosesItsEnginesWithinAStep()
     with pytest.raises(EngineError, match="no actor is alive"):
         await train_world(world, staleness=1)
@@ -226,7 +234,7 @@ async def test_undisturbed_work_in_a_group_leaves_the_group_its_error_and_its_ca
 def save(store: CheckpointStore, step: int, content: str) -> None:
     path = store.begin(step)
     (path / "weights").write_text(content)
-    store.finish(path, DriverState(step=step, incarnation=0, prompts={}))
+    store.finish(path, DriverState(step=step, incarnation=0, number=step, prompts={}))
 
 
 def test_a_save_that_is_cut_off_costs_no_whole_checkpoint(tmp_path: Path) -> None:
@@ -247,6 +255,29 @@ def test_a_whole_checkpoint_is_not_replaced(tmp_path: Path) -> None:
         save(store, 5, "other")
     found = store.latest()
     assert found is not None and (found[0] / "weights").read_text() == "good"
+
+
+def test_a_checkpoint_that_is_not_what_was_saved_is_put_aside(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for step in (5, 6):
+        save(store, step, f"of {step}")
+    (tmp_path / "step-000006" / "weights").write_text("of 7")
+    told: list[str] = []
+    found = store.latest(told=told.append)
+    assert found is not None and found[0].name == "step-000005" and found[1].version == WeightVersion(0, 5)
+    assert "weights is not what was saved" in told[0] and (tmp_path / "damaged-step-000006").is_dir()
+    (tmp_path / "step-000005" / "weights").unlink()
+    with pytest.raises(CheckpointError, match=r"every checkpoint .* is damaged, .*weights is missing"):
+        store.latest()
+
+
+@pytest.mark.parametrize("damage", ["more", "manifest"])
+def test_what_was_added_or_cannot_be_summed_up_is_damage_too(tmp_path: Path, damage: str) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 5, "good")
+    (tmp_path / "step-000005" / ("extra.pt" if damage == "more" else "manifest.json")).write_text("?")
+    with pytest.raises(CheckpointError, match="damaged"):
+        store.latest()
 
 
 # ---- resuming -----------------------------------------------------------------------------------------------------
@@ -274,6 +305,36 @@ def test_a_run_that_does_not_say_where_it_came_from_is_resumed_all_the_same(tmp_
     (run.path / "run.json").write_text("[]")
     with pytest.raises(RunFolderError, match=r"run\.json cannot be read"):
         _ = run.first_config
+
+
+async def test_a_run_that_goes_on_draws_its_mixture_where_it_stood(tmp_path: Path) -> None:
+    """Six prompts before the checkpoint and three after it: all come back under their numbers, then the rest."""
+    parts = (MixturePart("a", 0.75, RECORDS[:3]), MixturePart("b", 0.25, RECORDS[3:]))
+    config, data = RunConfig(), RunData(RECORDS, {}, parts)
+    whole = prompt_source(data, seed=config.run.seed)
+    told: list[str] = []
+
+    class Learner:
+        async def save(self, path: Path) -> WeightVersion:
+            return WeightVersion(0, 1)
+
+    learner: Any = Learner()
+    with (
+        create_run(tmp_path, name="mixed", seed=0) as folder,
+        remembering(config, data=data, folder=folder, resume=False, told=told.append) as memory,
+    ):
+        dealt = [memory.prompts.next() for _ in range(6)]
+        await memory.saver(learner)(1)
+        dealt += [memory.prompts.next() for _ in range(3)]
+    with (
+        open_run(folder.path),
+        remembering(config, data=data, folder=folder, resume=True, told=told.append) as memory,
+    ):
+        again = [memory.prompts.next() for _ in range(20)]
+        assert (memory.step, memory.version) == (1, WeightVersion(1, 1))
+    assert again[:9] == [replace(issue, incarnation=1) for issue in dealt]
+    assert [(issue.group, issue.record) for issue in again] == [(group, whole.next()) for group in range(20)]
+    assert "of 9 groups that come back 0 are ready" in told[-1]
 
 
 # ---- evaluations --------------------------------------------------------------------------------------------------

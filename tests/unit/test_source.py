@@ -37,7 +37,6 @@ def test_order_depends_on_the_seed_alone() -> None:
 def test_resumes_exactly_anywhere(num: int, taken: int) -> None:
     source = PromptSource(records(num), seed=3)
     ids(source, taken)
-    source.done(*range(taken))
     state = json.loads(json.dumps(source.state()))
     resumed = PromptSource(records(num), seed=99)
     resumed.restore(state)
@@ -63,12 +62,8 @@ def test_no_records() -> None:
         PromptSource([], seed=0)
 
 
-def test_what_was_issued_and_not_done_comes_again_first() -> None:
+def test_records_are_found_by_their_id() -> None:
     source = PromptSource(records(5), seed=3)
-    issued = ids(source, 4)
-    source.done(0, 2)
-    resumed = PromptSource(records(5), seed=3)
-    resumed.restore(json.loads(json.dumps(source.state())))
-    assert ids(resumed, 2) == [issued[1], issued[3]]
-    assert resumed.num_issued == 6
-    assert {*issued, *ids(resumed, 1)} == {f"r{i}" for i in range(5)}
+    assert source.find("r2").id == "r2"
+    with pytest.raises(DataError, match="no record is called 'r7' any more"):
+        source.find("r7")

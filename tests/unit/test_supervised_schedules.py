@@ -22,7 +22,18 @@ from rlaudio.weights.joining import JoinableWeights
 from tests import fake_run
 from tests.fake_actors import Ailment
 from tests.fake_run import FakeRun
-from tests.unit.test_loop_schedules import AILMENTS, Outcome, _accounts, _age, _end, _time_outs_in_a_row, run
+from tests.unit.test_loop_schedules import (
+    AILMENTS,
+    Outcome,
+    _accounts,
+    _age,
+    _end,
+    _ledger,
+    _time_outs_in_a_row,
+    broken_in_later_lives,
+    lives_of,
+    run,
+)
 
 NUM_SCHEDULES = 300
 
@@ -80,7 +91,7 @@ def only_resized(world: FakeRun) -> bool:
 
 def broken_promises(outcome: Outcome) -> list[str]:
     world = outcome.world
-    return list(chain(_age(world), _accounts(world), _members(world), _sizes(world), _ended(outcome)))
+    return list(chain(_age(world), _accounts(world), _ledger(world), _members(world), _sizes(world), _ended(outcome)))
 
 
 def _members(world: FakeRun) -> Iterator[str]:
@@ -148,6 +159,19 @@ def test_whoever_comes_and_goes_every_group_is_accounted_for_and_no_token_is_too
     assert len(alone) >= 5, "a run whose only engine is lost goes on with the next"
     ended = Counter(type(one.leaf).__name__ for one in outcomes)
     assert ended["EngineError"] >= 5, ended
+
+
+def test_whoever_joins_a_run_that_was_gone_on_with_holds_what_it_holds() -> None:
+    """Lives after lives, as in `test_loop_schedules.py`, in each of which actors come and go."""
+    all_lives = [lives_of(seed, schedule=schedule) for seed in range(NUM_SCHEDULES // 4)]
+    broken = {
+        seed: problems
+        for seed, lives in enumerate(all_lives)
+        if (problems := [*broken_in_later_lives(lives), *chain.from_iterable(_members(one.world) for one in lives)])
+    }
+    assert not broken
+    later = [outcome.world for lives in all_lives for outcome in lives[1:]]
+    assert sum(len(world.joined) for world in later) > 50 and sum(len(world.recalled) for world in later) > 20
 
 
 # ---- the schedules notice what is broken --------------------------------------------------------------------------

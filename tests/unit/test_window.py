@@ -45,6 +45,12 @@ def make(
     return StalenessWindow(settings, dropped=dropped)
 
 
+async def admitted(window: StalenessWindow[Played]) -> Ticket:
+    """The next number takes a slot, as soon as one is free."""
+    await window.slot()
+    return window.admit(window.stats().admitted)
+
+
 async def take(window: StalenessWindow[Played], *, number: int = 0) -> list[int]:
     """Numbers of the groups taken to train version `number`."""
     return [ticket.group for ticket, _ in await window.take(consumed_by=WeightVersion(0, number))]
@@ -85,7 +91,7 @@ async def _run(staleness: int, per_step: int, drop_share: float, seed: int) -> t
 
     async def produce(tasks: asyncio.TaskGroup) -> None:
         while True:
-            tasks.create_task(play(await window.admit()))
+            tasks.create_task(play(await admitted(window)))
 
     async def publish(version: int, tickets: list[Ticket]) -> None:
         nonlocal live
@@ -113,11 +119,11 @@ async def _run(staleness: int, per_step: int, drop_share: float, seed: int) -> t
 
 async def test_staleness_zero_admits_nothing_until_the_weights_are_live() -> None:
     window = make(0, 2)
-    first, second = await window.admit(), await window.admit()
+    first, second = await admitted(window), await admitted(window)
     await window.settle(second, Played(0))
     await window.settle(first, Played(0))
     assert await take(window) == [0, 1]
-    waiting = asyncio.create_task(window.admit())
+    waiting = asyncio.create_task(admitted(window))
     await asyncio.sleep(0.01)
     assert not waiting.done()
     window.release([first, second])
@@ -127,9 +133,9 @@ async def test_staleness_zero_admits_nothing_until_the_weights_are_live() -> Non
 async def test_a_dropped_group_frees_its_slot_and_leaves_the_line() -> None:
     told: list[tuple[Ticket, str]] = []
     window = make(0, 2, dropped=lambda ticket, reason: told.append((ticket, reason)))
-    first, second = await window.admit(), await window.admit()
+    first, second = await admitted(window), await admitted(window)
     await window.drop(first, reason="bad")
-    third = await asyncio.wait_for(window.admit(), 1)
+    third = await asyncio.wait_for(admitted(window), 1)
     await window.settle(second, Played(0))
     await window.settle(third, Played(0))
     assert await take(window) == [1, 2]
@@ -140,7 +146,7 @@ async def test_a_dropped_group_frees_its_slot_and_leaves_the_line() -> None:
 
 async def test_a_ticket_ends_once() -> None:
     window = make()
-    ticket = await window.admit()
+    ticket = await admitted(window)
     await window.settle(ticket, Played(0))
     with pytest.raises(ValueError, match="group 0 is not waiting"):
         await window.settle(ticket, Played(0))
@@ -152,7 +158,7 @@ async def test_a_ticket_ends_once() -> None:
 
 async def test_a_batch_is_released_once() -> None:
     window = make(0, 1)
-    ticket = await window.admit()
+    ticket = await admitted(window)
     await window.settle(ticket, Played(0))
     await take(window)
     window.release([ticket])
@@ -163,21 +169,25 @@ async def test_a_batch_is_released_once() -> None:
 async def test_a_batch_that_is_lost_counts_as_dropped() -> None:
     told: list[str] = []
     window = make(0, 1, dropped=lambda ticket, reason: told.append(reason))
-    ticket = await window.admit()
+    ticket = await admitted(window)
     await window.settle(ticket, Played(0))
     await take(window)
     assert window.stats().taken == 1
-    window.release([ticket], dropped="lost")
+    window.lose([ticket], reason="lost")
+    waiting = asyncio.create_task(admitted(window))
+    await asyncio.sleep(0.01)
+    assert not waiting.done(), "its slot is held until weights that have not seen it are live"
     stats = window.stats()
     assert (stats.admitted, stats.taken, stats.dropped, told) == (1, 0, {"lost": 1}, ["lost"])
-    assert (await asyncio.wait_for(window.admit(), 1)).group == 1
+    window.release([ticket])
+    assert (await asyncio.wait_for(waiting, 1)).group == 1
 
 
 async def test_nothing_but_drops_is_an_error_that_names_the_reason() -> None:
     window = make(1, 2, max_dropped=3)
     taking = asyncio.create_task(take(window))
     for _ in range(3):
-        await window.drop(await window.admit(), reason="JudgeError", detail="judge is down")
+        await window.drop(await admitted(window), reason="JudgeError", detail="judge is down")
     assert window.stats().dropped == {"JudgeError": 3}
     with pytest.raises(StarvedError, match="3 groups in a row.*JudgeError: judge is down"):
         await asyncio.wait_for(taking, 1)
@@ -185,7 +195,7 @@ async def test_nothing_but_drops_is_an_error_that_names_the_reason() -> None:
 
 async def test_a_slow_group_is_overtaken_so_often_and_then_waited_for() -> None:
     window = make(3, 2, look_ahead=3)
-    tickets = [await window.admit() for _ in range(8)]
+    tickets = [await admitted(window) for _ in range(8)]
     for ticket in tickets[1:]:
         await window.settle(ticket, Played(0))
     assert await take(window) == [1, 2]
@@ -201,14 +211,14 @@ async def test_a_slow_group_is_overtaken_so_often_and_then_waited_for() -> None:
 async def test_a_group_older_than_slots_and_order_explain_is_an_error_that_names_it() -> None:
     for look_ahead, too_old in ((0, "wait"), (0, "drop"), (2, "drop")):
         window = make(1, 1, look_ahead=look_ahead, too_old=too_old)
-        await window.settle(await window.admit(), Played(3))
+        await window.settle(await admitted(window), Played(3))
         with pytest.raises(StalenessError, match=rf"group 0 has a token of version 0\.3.*bound of {1 + look_ahead}"):
             await take(window, number=5 + look_ahead)
 
 
 async def test_experience_of_abandoned_weights_is_an_error_however_fresh_it_looks() -> None:
     window = make(4, 1)
-    await window.settle(await window.admit(), Played(7, incarnation=1))
+    await window.settle(await admitted(window), Played(7, incarnation=1))
     with pytest.raises(StalenessError, match=r"version 1\.7"):
         await take(window, number=7)
 
@@ -219,7 +229,7 @@ async def test_too_old_is_trained_within_the_wider_bound_or_dropped(
 ) -> None:
     window = make(1, 1, look_ahead=1, too_old=too_old)
     for number in (0, 2):
-        await window.settle(await window.admit(), Played(number))
+        await window.settle(await admitted(window), Played(number))
     assert window.stats().bound == (2 if too_old == "wait" else 1)
     assert await take(window, number=2) == taken
     assert window.stats().dropped == dropped
@@ -227,7 +237,7 @@ async def test_too_old_is_trained_within_the_wider_bound_or_dropped(
 
 async def test_waits_are_measured() -> None:
     window = make(0, 1)
-    await window.settle(await window.admit(), Played(0))
+    await window.settle(await admitted(window), Played(0))
     await asyncio.sleep(0.3)
     await take(window)
     assert window.stats().ready_s >= 0.29 > window.stats().take_s

@@ -96,21 +96,38 @@ def measure(checkpoint: Path, *, work: Path = Path("build/hearing"), num: int = 
 async def _measured(checkpoint: Path, *, clips: ClipStore, num: int) -> list[Heard]:
     family = StepAudio(checkpoint)
     pairs = list(heard_pairs(seed=HELDOUT_SEED, num=num, heldout=True))
+    sounds = speak_pairs(pairs, clips)
     async with served(family) as engine:
-        return [await judge_heard(engine, family, pairs, clips=clips, condition=name) for name in CONDITIONS]
+        return [
+            await judge_heard(engine, family, pairs, sounds=sounds, clips=clips, condition=name) for name in CONDITIONS
+        ]
+
+
+def speak_pairs(pairs: Sequence[HeardPair], clips: ClipStore) -> list[AudioPart]:
+    """Both sounds of every pair, in their order; 27 ms each."""
+    return [speak(spoken, clips) for pair in pairs for spoken in pair.spoken]
 
 
 async def judge_heard(
-    engine: Engine, family: ModelFamily, pairs: Sequence[HeardPair], *, clips: ClipStore, condition: str
+    engine: Engine,
+    family: ModelFamily,
+    pairs: Sequence[HeardPair],
+    *,
+    sounds: Sequence[AudioPart],
+    clips: ClipStore,
+    condition: str,
 ) -> Heard:
     """Ask a served judge about both sounds of every pair, in both orders.
+
+    Args:
+        sounds: of `speak_pairs`.
+        condition: one of `CONDITIONS`.
 
     Raises:
         EngineError: the engine failed.
     """
     hears = "transcript" if condition == "transcript" else "sound"
     judge = GenerativeJudge(JudgeServices(engine=engine, family=family, clips=clips), hears=hears)
-    sounds = [speak(spoken, clips) for pair in pairs for spoken in pair.spoken]
     if condition.startswith("silenced"):
         sounds = _silenced(sounds, clips=clips, keep_length="length kept" in condition)
 

@@ -55,7 +55,8 @@ class JudgePhase:
     Attributes:
         items: share of comparisons with a single rubric item: the easy ones, which teach the parts of the rationale.
         plain: share without any criterion. The rest carry a whole rubric.
-        attacked: share of drawn replies that something is hidden in.
+        attacked: share of comparisons whose response something is hidden in. The others are drawn as without attacks,
+            so that what looks honest stays as often right as it was.
     """
 
     name: str
@@ -92,17 +93,17 @@ JUDGE_PHASES = (
 ATTACKED_PHASES = (
     JudgePhase(
         "judge-attacked",
-        steps=200,
-        rows_per_step=48,
-        lr=1e-3,
-        warmup_steps=10,
+        steps=600,
+        rows_per_step=64,
+        lr=3e-3,
+        warmup_steps=20,
         cosine=True,
-        items=0.1,
+        items=0.15,
         plain=0.25,
-        attacked=0.5,
+        attacked=0.3,
     ),
 )
-"""Then, with the words of the attacks added to its vocabulary: half of what it meets hides something."""
+"""Then, with the words of the attacks added to its vocabulary: the main phase again, where some replies hide one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ class Findings:
 def judge_pairs(
     *, seed: int, num: int, items: float, plain: float, attacked: float = 0.0, heldout: bool = False
 ) -> Iterator[JudgePair]:
-    """Comparisons whose five verdicts are equally frequent.
+    """Comparisons whose five verdicts are equally frequent, before anything is hidden in a response.
 
     Args:
         items, plain, attacked: see `JudgePhase`.
@@ -234,12 +235,16 @@ def _draw_pair(
     # A reference in use is warm; plain ones are needed for a response to be better than its reference.
     warm = target != 3 and random.random() < 0.8
     reference = line.reply(random, warm=warm)
+    hides = attacked > 0.0 and random.random() < attacked
     for _ in range(_MAX_TRIES):
         response = draw_reply(random, script, line)
-        if attacked and random.random() < attacked:
-            response = hide(random, response)
         level = level_of(find(line, reference), find(line, response), focus)
-        if level == target and _is_heldout(line.text, reference, response) == heldout:
+        if level != target:
+            continue
+        if hides:
+            response = hide(random, response)
+            level = level_of(find(line, reference), find(line, response), focus)
+        if _is_heldout(line.text, reference, response) == heldout:
             comparison = Comparison((Said("user", line.text),), reference, response, criterion)
             return JudgePair(comparison, level, _rationales(line, comparison, focus, level), random.random() < 0.5)
     return None
