@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from rlaudio.aio import cancellation_point, undisturbed
+from rlaudio.aio import undisturbed
 from rlaudio.audio.store import ClipStore
 from rlaudio.config import PhaseSettings, SftConfig
 from rlaudio.data.mixture import Interleaver
@@ -142,7 +142,7 @@ class _Training:
         for rows in islice(draws, place.phase_step, phase.steps):
             # Whole steps only: a stop in the middle of one would leave a place between two.
             await undisturbed(self._step(phase, rows))
-            await cancellation_point()
+            await asyncio.sleep(0)  # where a stop that was put off takes effect
             every = self._config.run.checkpoint_every
             if every and self.place.step % every == 0:
                 await self.save()
