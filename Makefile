@@ -1,6 +1,6 @@
 # Two commands matter: `make run` and `make test`. Both install what is missing first.
 .DEFAULT_GOAL := help
-.PHONY: help setup world run base test check format soak clean
+.PHONY: help setup world run pipeline base test check format soak clean
 
 # Where torch's CPU build comes from when the places that pip is configured with do not hold it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -15,7 +15,7 @@ export OMP_NUM_THREADS := 1
 export OMP_WAIT_POLICY := PASSIVE
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 setup: ## install the locked packages and rlaudio into .venv
 	@PYTHON="$(PYTHON)" sh scripts/setup.sh --lock "$(LOCK)" --torch-index "$(TORCH_INDEX)"
@@ -25,6 +25,10 @@ world: setup ## make the spoken world (sounds and prompt records)
 
 run: world ## the main job: train the tiny policy by RL; SEED=n
 	@$(BIN)/rlaudio train $(QUICKSTART)/config.yaml run.seed=$(SEED)
+
+pipeline: world ## every stage in order: mid-training to evaluation; started again it goes on; SEED=n
+	@cd $(QUICKSTART) && $(BIN)/python -m spoken_world.stages --processes 2
+	@$(BIN)/rlaudio train $(QUICKSTART)/pipeline.yaml run.seed=$(SEED)
 
 base: world ## rebuild the start and judge checkpoints from nothing (about an hour)
 	@cd $(QUICKSTART) && $(BIN)/python -m spoken_world.base

@@ -12,12 +12,14 @@ from omegaconf import MISSING
 from rlaudio.algorithm_facts import ALGORITHMS, CUSTOM, AlgorithmFacts
 
 PATH = {"path": True}
+PLACE = {"path": True, "content": False}
+"""A path of which the content decides nothing: results go there, or what lies there is named by its own hash."""
 
 
 @dataclass
 class RunSettings:
     name: str = MISSING
-    root: str = field(default="runs", metadata=PATH)  # run folders are made here
+    root: str = field(default="runs", metadata=PLACE)  # run folders are made here
     seed: int = 0
     # Batches of groups; each takes epochs * minibatches optimizer steps. 0 evaluates the held-out sets only.
     steps: int = 100
@@ -26,9 +28,9 @@ class RunSettings:
     # Every node sees run.root, and run.spool, at the same path: needed on several nodes
     shared_root: bool = False
     # Folder for the ledger, on a disk of the driver's own machine: no network file system. Empty: the run folder
-    ledger: str = field(default="", metadata=PATH)
+    ledger: str = field(default="", metadata=PLACE)
     # Where judged groups lie until they are trained on, a path or `pyarrow.fs` URI. Empty: in the run folder
-    spool: str = field(default="", metadata=PATH)
+    spool: str = field(default="", metadata=PLACE)
     spool_mb: int = 4096  # of all groups that lie there; after a crash those beyond it are played again. 0: no bound
     keep_spool: bool = False  # groups stay there after training, for `rlaudio replay`; without bound
 
@@ -73,7 +75,7 @@ class DataSettings:
 
     train: str = field(default="", metadata=PATH)  # JSONL of prompt records
     mixture: list[MixtureSettings] = field(default_factory=list)  # instead of `train`: several such files, weighted
-    clips: str = field(default=MISSING, metadata=PATH)  # root of the content-addressed clip store
+    clips: str = field(default=MISSING, metadata=PLACE)  # root of the content-addressed clip store
     heldout: dict[str, str] = field(default_factory=dict, metadata=PATH)  # name -> JSONL, evaluated before and after
     licenses: list[str] = field(default_factory=list)  # that records may be under; empty: any
     max_clip_s: float = 0.0  # longest sound; 0: an hour
@@ -400,6 +402,7 @@ class TrackingSettings:
     mlflow: bool = True
     uri: str = ""  # empty: sqlite in the run root
     experiment: str = "rlaudio"
+    parent: str = ""  # id of the MLflow run that this one is a part of
 
 
 @dataclass
@@ -477,9 +480,10 @@ class PhaseSettings:
 @dataclass
 class SftRunSettings:
     name: str = MISSING
-    root: str = field(default="runs", metadata=PATH)
+    root: str = field(default="runs", metadata=PLACE)
     seed: int = 0
-    output: str = field(default=MISSING, metadata=PATH)  # the finished checkpoint
+    output: str = field(default=MISSING, metadata=PLACE)  # the finished checkpoint
+    checkpoint_every: int = 100  # steps; 0: none but at Ctrl-C
 
 
 @dataclass
@@ -489,7 +493,7 @@ class SftConfig:
     recipe: str = "sft"
     run: SftRunSettings = field(default_factory=SftRunSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
-    clips: str = field(default="", metadata=PATH)
+    clips: str = field(default="", metadata=PLACE)
     phases: list[PhaseSettings] = field(default_factory=list)
     learner: LearnerSettings = field(default_factory=LearnerSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)

@@ -54,6 +54,7 @@ from rlaudio.config_judges import (
     JudgeRunSettings,
     RewardModelConfig,
 )
+from rlaudio.config_stages import CurationSettings
 from rlaudio.data.lines import KEEPS
 from rlaudio.evals.summary import RESERVED_SETS
 from rlaudio.rewards.levels import MAX_LEVELS
@@ -91,7 +92,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "stop_deadline_s": ABOVE_ZERO,
         "spool_mb": ZERO,
     },
-    SftRunSettings: {"seed": ZERO},
+    SftRunSettings: {"seed": ZERO, "checkpoint_every": Range(0, why="0 saves nothing on the way")},
     DataSettings: {"max_clip_s": Range(0, why="0 is an hour")},
     MixtureSettings: {"weight": ABOVE_ZERO},
     JudgeRunSettings: {"seed": ZERO},
@@ -111,6 +112,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
     AgreementSettings: {"steps": Range(0, why="0 leaves it out"), "exact_weight": FACTOR},
     RewardModelConfig: {"heldout_share": Range(0, 0.9, above=True)},
     AugmentSettings: {"share": Range(0, 1)},
+    CurationSettings: {"k": ONE, "pass_share": SHARE, "max_records": Range(0, why="0 is all")},
     DialogueSettings: {"max_turns": ONE, "seconds_per_turn": ABOVE_ZERO},
     SamplingSettings: {
         "temperature": Range(0, above=True, why="greedy siblings are all alike, nothing can be learned"),

@@ -7,6 +7,7 @@ from omegaconf import MISSING
 
 from rlaudio.config import (
     PATH,
+    PLACE,
     EngineConfig,
     JudgeModelSettings,
     LearnerSettings,
@@ -54,7 +55,7 @@ class CalibrationSettings:
 @dataclass
 class JudgeRunSettings:
     name: str = MISSING
-    root: str = field(default="runs", metadata=PATH)
+    root: str = field(default="runs", metadata=PLACE)
     seed: int = 0
 
 
@@ -65,7 +66,7 @@ class JudgeConfig:
     run: JudgeRunSettings = field(default_factory=JudgeRunSettings)
     judge_model: JudgeModelSettings = field(default_factory=JudgeModelSettings)
     asking: AskingSettings = field(default_factory=AskingSettings)
-    clips: str = field(default="", metadata=PATH)
+    clips: str = field(default="", metadata=PLACE)
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
 
 
@@ -86,7 +87,7 @@ class RewardModelConfig:
     run: SftRunSettings = field(default_factory=SftRunSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     asking: AskingSettings = field(default_factory=AskingSettings)
-    clips: str = field(default="", metadata=PATH)
+    clips: str = field(default="", metadata=PLACE)
     heldout: str = field(default="", metadata=PATH)  # preference file; empty: a share of the phases' own
     heldout_share: float = 0.1  # of the dialogues, by content
     reasoning: str = "A B"  # what is written before the verdict where a record has no reasoning: never nothing

@@ -82,6 +82,15 @@ def peek(path: str | Path, key: str, overrides: Sequence[str] = (), *, default: 
     return tree.get(key, default)
 
 
+def read_plain(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A file with its overrides as it is written: nothing is checked, no `${...}` resolved. Raises ConfigError."""
+    tree = _read_yaml(Path(path).absolute())
+    for override in overrides:
+        _apply_override(tree, override)
+    plain: Any = OmegaConf.to_container(tree, resolve=False)
+    return dict(plain)
+
+
 def to_yaml(config: object) -> str:
     """The configuration as YAML that `load_config` reads back to an equal one."""
     return str(OmegaConf.to_yaml(OmegaConf.structured(config)))

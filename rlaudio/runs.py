@@ -119,6 +119,38 @@ def create_run(root: str | Path, *, name: str, seed: int, config: str | Path | N
     return RunFolder(path, _lock=lock)
 
 
+def keep_run(root: str | Path, *, name: str, seed: int, config: str | Path | None = None) -> RunFolder:
+    """The locked run folder `NAME-seedN` under `root`, made where there is none: for what goes on when started again.
+
+    Raises:
+        RunFolderError: as `create_run` and `open_run`.
+    """
+    path = kept_path(root, name=name, seed=seed)
+    if (path / "run.json").is_file():
+        return open_run(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(path)
+        (path / "metrics").mkdir(exist_ok=True)
+        started_from = str(Path(config).absolute()) if config is not None else None
+        made = {"name": name, "seed": seed, "created_s": time.time(), "config": started_from}
+        write_json_atomic(path / "run.json", made)
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write the run folder {path} ({error.strerror}): set run.root to a folder that you may write to"
+        ) from error
+    return RunFolder(path, _lock=lock)
+
+
+def kept_path(root: str | Path, *, name: str, seed: int) -> Path:
+    """Where `keep_run` keeps it. Raises RunFolderError: `name` is not fit for a folder name."""
+    if not _NAME.fullmatch(name):
+        raise RunFolderError(
+            f"run.name {name!r} cannot name a folder: use up to 100 letters, digits, '.', '_' and '-', no leading dot"
+        )
+    return Path(root).absolute() / f"{name}-seed{seed}"
+
+
 def open_run(path: str | Path) -> RunFolder:
     """Lock an existing run folder to continue it.
 

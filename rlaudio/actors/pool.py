@@ -156,6 +156,18 @@ class RolloutPool:
         """Play one held-out dialogue without sampling."""
         return await self._play(record, PlayOrder(index, 1, 0.0, f"{self._purpose}/{purpose}", silence=silence))
 
+    async def sample(self, record: PromptRecord, *, index: int, num_siblings: int, purpose: str) -> PlayedGroup:
+        """Play so many dialogues of one record as training would, for something else than training.
+
+        Args:
+            index: unlike that of any other group in play.
+
+        Raises:
+            As `play`.
+        """
+        seed, temperature = f"{self._purpose}/{purpose}", self._config.sampling.temperature
+        return await self._play(record, PlayOrder(index, num_siblings, temperature, seed, augment=True))
+
     async def _play(self, record: PromptRecord, order: PlayOrder) -> PlayedGroup:
         attempts, deadline_s = self._config.rollout.attempts, self._config.rollout.group_deadline_s
         failures: list[str] = []
@@ -279,6 +291,16 @@ class RewardPool:
             lambda handle: [handle.evaluate.remote(played.record, played.ref)], played.record
         )
         return result
+
+    async def grade(self, played: PlayedGroup) -> list[DialogueResult]:
+        """Judge every sibling of a group by itself. Sources are excused as in `evaluate`.
+
+        Raises:
+            As `judge`.
+        """
+        results: list[DialogueResult]
+        results, _ = await self._answer(lambda handle: [handle.grade.remote(played.record, played.ref)], played.record)
+        return results
 
     async def _answer(
         self,

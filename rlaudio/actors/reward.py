@@ -35,7 +35,7 @@ from rlaudio.rewards.mix import SourceWeight, mix_rewards
 from rlaudio.rewards.schedule import step_of, weight_at
 from rlaudio.rewards.scope import judged_turns
 from rlaudio.rewards.serving import JudgeHealth
-from rlaudio.types import AudioPart, Dialogue, Judgment, PromptRecord, WeightVersion
+from rlaudio.types import AudioPart, Dialogue, Judgment, PromptRecord, Turn, WeightVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,41 +195,59 @@ class RewardWorker:
             VerdictTimeoutError: a source gave nothing in time; `partial` is the result without it.
             EngineDeadError: the judge model will answer nothing more.
         """
-        (dialogue,) = read_dialogues(batch)
-        everyone = {judge.name for judge, _ in self._sources}
-        judgments, failures, late = await self._score(record, [dialogue], excused=everyone)
-        self._counted()  # the next header tells of training alone
-        weights = {judge.name: settings.weight for judge, settings in self._sources}
-        parts: dict[int, list[RewardPart]] = {}
-        for one in judgments:
-            part = RewardPart(one.source, float(one.value), weights[one.source], dict(one.detail))
-            parts.setdefault(one.turn, []).append(part)
-        correct = correct_turns(judgments)
-        turns = []
-        for turn in dialogue.turns:
-            message = user_message(record, turn.index)
-            turns.append(
-                TurnResult(
-                    turn=turn.index,
-                    correct=correct.get((dialogue.sibling, turn.index), False),
-                    parsable=turn.parsable,
-                    reward=sum(part.weight * part.value for part in parts.get(turn.index, ())),
-                    breakdown=tuple(parts.get(turn.index, ())),
-                    thinking=turn.thinking,
-                    reply=turn.reply,
-                    num_tokens=len(turn.response_ids),
-                    transcript=message.text,
-                    clips=tuple(part.sha256 for part in message.parts if isinstance(part, AudioPart)),
-                    answer=message.answer,
-                    reference=message.reference_response,
-                )
-            )
-        result = DialogueResult(
-            record.id, record.task, len(played_turns(record)), tuple(turns), problem=_in_words(failures)
-        )
+        (result,), late = await self._results(record, read_dialogues(batch))
         if late:
             raise VerdictTimeoutError(late, partial=result)
         return result
+
+    async def grade(self, record: PromptRecord, batch: pa.RecordBatch) -> list[DialogueResult]:
+        """Judge every sibling of a group by itself, as `evaluate` does: who is right, whatever the others are.
+
+        Raises:
+            As `evaluate`; `partial` is the results without the late source.
+        """
+        if self._augmenter.active:
+            record = await asyncio.to_thread(self._augmenter.apply, record)
+        results, late = await self._results(record, read_dialogues(batch))
+        if late:
+            raise VerdictTimeoutError(late, partial=results)
+        return results
+
+    async def _results(self, record: PromptRecord, dialogues: Sequence[Dialogue]) -> tuple[list[DialogueResult], str]:
+        """One result per dialogue, and what was late, in words."""
+        everyone = {judge.name for judge, _ in self._sources}
+        judgments, failures, late = await self._score(record, dialogues, excused=everyone)
+        self._counted()  # the next header tells of training alone
+        weights = {judge.name: settings.weight for judge, settings in self._sources}
+        parts: dict[tuple[int, int], list[RewardPart]] = {}
+        for one in judgments:
+            part = RewardPart(one.source, float(one.value), weights[one.source], dict(one.detail))
+            parts.setdefault((one.sibling, one.turn), []).append(part)
+        correct = correct_turns(judgments)
+
+        def of_turn(sibling: int, turn: Turn) -> TurnResult:
+            message, place = user_message(record, turn.index), (sibling, turn.index)
+            return TurnResult(
+                turn=turn.index,
+                correct=correct.get(place, False),
+                parsable=turn.parsable,
+                reward=sum(part.weight * part.value for part in parts.get(place, ())),
+                breakdown=tuple(parts.get(place, ())),
+                thinking=turn.thinking,
+                reply=turn.reply,
+                num_tokens=len(turn.response_ids),
+                transcript=message.text,
+                clips=tuple(part.sha256 for part in message.parts if isinstance(part, AudioPart)),
+                answer=message.answer,
+                reference=message.reference_response,
+            )
+
+        results = []
+        for dialogue in dialogues:
+            turns = tuple(of_turn(dialogue.sibling, turn) for turn in dialogue.turns)
+            failed = _in_words([failure for failure in failures if failure.sibling == dialogue.sibling])
+            results.append(DialogueResult(record.id, record.task, len(played_turns(record)), turns, problem=failed))
+        return results, late
 
     async def _score(self, record: PromptRecord, dialogues: Sequence[Dialogue], *, excused: Collection[str]) -> _Found:
         """What all sources say. One that can judge nothing at all is an error, unless it is one of the `excused`."""

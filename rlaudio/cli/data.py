@@ -1,4 +1,4 @@
-"""`rlaudio data check|import|speak`: everything about data sets that has no training in it. Heavy imports deferred."""
+"""`rlaudio data check|curate|import|speak`: everything about data sets that has no training in it."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def add_data_commands(commands: _SubParsersAction[Any]) -> None:
     check.add_argument("--no-cache", action="store_true", help="look at sounds again that were right before")
     check.add_argument("--json", action="store_true", help="one JSON object on stdout")
     check.set_defaults(run=_check)
+    curate = verbs.add_parser("curate", help="keep the records that a policy gets right sometimes: 3 to 6 of 8 times")
+    curate.add_argument("config", help="YAML file: that of an RL run will do")
+    curate.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
+    curate.add_argument("--resume", metavar="RUN", help="go on with this run folder: what was rolled out is kept")
+    curate.set_defaults(run=_curate)
     bring = verbs.add_parser("import", help="make records and clips of a local copy of a public set")
     bring.add_argument("--from", dest="layout", required=True, metavar="LAYOUT", help="a name, or package.module:Class")
     # Not nargs=2 with two names: argparse of Python 3.11 fails where it should say what is missing.
@@ -55,6 +60,12 @@ def _check(arguments: argparse.Namespace) -> int:
     from rlaudio.cli.data_check import check_command
 
     return check_command(arguments)
+
+
+def _curate(arguments: argparse.Namespace) -> int:
+    from rlaudio.cli.data_curate import curate_command
+
+    return curate_command(arguments.config, arguments.overrides, resume=arguments.resume)
 
 
 def _import(arguments: argparse.Namespace) -> int:

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from rlaudio.config_loader import peek
 from rlaudio.errors import ConfigError
 
-RECIPES = ("rl", "sft", "reward_model")
+RECIPES = ("rl", "sft", "reward_model", "curate", "evaluate", "pipeline")
 
 
 def recipe_command(config_path: str, overrides: Sequence[str], *, resume: str | None) -> int:
     """Run what `recipe` names, "rl" where the file says nothing. Returns the exit code.
 
     Raises:
-        ConfigError: an unknown recipe, or one that cannot be resumed.
+        ConfigError: an unknown recipe.
     """
     recipe = peek(config_path, "recipe", overrides, default="rl")
     if recipe not in RECIPES:
@@ -21,14 +21,22 @@ def recipe_command(config_path: str, overrides: Sequence[str], *, resume: str | 
         from rlaudio.cli.train import train_command
 
         return train_command(config_path, overrides, resume=resume)
-    if resume:
-        raise ConfigError(
-            f"--resume goes on with a run of the recipe rl, and {config_path} has {recipe}: start it anew"
-        )
+    if recipe == "pipeline":
+        from rlaudio.cli.pipeline import pipeline_command
+
+        return pipeline_command(config_path, overrides, resume=resume, run_stage=recipe_command)
+    if recipe == "evaluate":
+        from rlaudio.cli.evaluate import evaluate_command
+
+        return evaluate_command(config_path, overrides, resume=resume)
+    if recipe == "curate":
+        from rlaudio.cli.data_curate import curate_command
+
+        return curate_command(config_path, overrides, resume=resume)
     if recipe == "sft":
         from rlaudio.cli.sft import sft_command
 
-        return sft_command(config_path, overrides)
+        return sft_command(config_path, overrides, resume=resume)
     from rlaudio.cli.reward_model import reward_model_command
 
-    return reward_model_command(config_path, overrides)
+    return reward_model_command(config_path, overrides, resume=resume)

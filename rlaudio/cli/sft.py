@@ -1,46 +1,41 @@
-"""`rlaudio sft CONFIG [key=value ...]`."""
+"""`rlaudio sft CONFIG [key=value ...] [--resume RUN]`."""
 
 import asyncio
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from rlaudio.cli.train import INTERRUPTED, make_importable, resume_command
 from rlaudio.config import SftConfig
 from rlaudio.config_checks import sft_problems
-from rlaudio.config_loader import code_path, load_config, to_yaml
+from rlaudio.config_loader import load_config, to_yaml
 from rlaudio.config_objects import object_problems
 from rlaudio.preflight import check_platform, check_shm, check_versions, check_writable
-from rlaudio.runs import create_run, write_text_atomic
+from rlaudio.runs import create_run, open_run, write_text_atomic
 
 
-def sft_command(config_path: str, overrides: Sequence[str]) -> int:
+def sft_command(config_path: str, overrides: Sequence[str], *, resume: str | None = None) -> int:
     """Train in phases and export a checkpoint. Returns the exit code; raises RlaudioError on expected failures."""
     check_platform()
     check_versions()
-    code_path(config_path)  # before the check, which loads the classes that are named
+    make_importable(config_path, resume=resume)  # before the check, which loads the classes that are named
     config: SftConfig = load_config(SftConfig, config_path, overrides, check=_problems)
     check_writable(config.run.root, setting="run.root")
     check_writable(config.run.output, setting="run.output")
     check_shm()
 
+    from rlaudio.cli.trackers import open_trackers
     from rlaudio.observe.progress import Progress
-    from rlaudio.observe.tracker import JsonlTracker, MlflowTracker, Status, Tracker, Trackers
+    from rlaudio.observe.tracker import Status
     from rlaudio.recipes.cluster import joined_ray
     from rlaudio.recipes.sft import run_sft
 
-    with create_run(config.run.root, name=config.run.name, seed=config.run.seed) as folder:
+    if resume:
+        folder = open_run(resume)
+    else:
+        folder = create_run(config.run.root, name=config.run.name, seed=config.run.seed, config=config_path)
+    with folder:
         write_text_atomic(folder.config_yaml, to_yaml(config))
-        trackers: list[Tracker] = [JsonlTracker(folder.metrics / "metrics.jsonl")]
-        if config.tracking.mlflow:
-            trackers.append(
-                MlflowTracker(
-                    run_root=Path(config.run.root),
-                    run_folder=folder.path,
-                    experiment=config.tracking.experiment,
-                    uri=config.tracking.uri,
-                )
-            )
-        tracker = Trackers(*trackers)
+        tracker = open_trackers(folder, config.tracking).all
         needs = {
             "learner": (config.learner.ranks * config.learner.num_cpus, config.learner.ranks * config.learner.num_gpus)
         }
@@ -48,13 +43,22 @@ def sft_command(config_path: str, overrides: Sequence[str]) -> int:
         stopped = folder.path / "stopped"
         try:
             with Progress() as progress, joined_ray(needs):
-                asyncio.run(run_sft(config, tracker=tracker, progress=progress, stopped=stopped))
+                asyncio.run(
+                    run_sft(
+                        config,
+                        tracker=tracker,
+                        progress=progress,
+                        stopped=stopped,
+                        checkpoints=folder.checkpoints,
+                        resume=resume is not None,
+                    )
+                )
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
-            left = f"the weights so far are in {stopped}" if stopped.is_dir() else "nothing was saved"
-            print(f"stopped; {left}", file=sys.stderr)
-            return 130
+            left = f"the weights so far are in {stopped}; " if stopped.is_dir() else ""
+            print(f"stopped; {left}go on with: {resume_command(folder)}", file=sys.stderr)
+            return INTERRUPTED
         finally:
             tracker.finish(status)
         print(f"checkpoint: {config.run.output}")

@@ -6,7 +6,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -101,25 +100,20 @@ def _run(config: RunConfig, data: RunData, folder: RunFolder, *, resume: bool) -
 
 
 def _run_whole(config: RunConfig, data: RunData, folder: RunFolder, stopping: StopsOnSigterm, *, resume: bool) -> int:
+    from rlaudio.cli.trackers import open_trackers
     from rlaudio.observe.progress import Progress
-    from rlaudio.observe.tracker import JsonlTracker, MlflowTracker, Status, Tracker, Trackers
+    from rlaudio.observe.tracker import Status
     from rlaudio.recipes.cluster import joined_ray
     from rlaudio.recipes.rl import resource_needs, run_rl
 
     if IN_JOB in os.environ:  # `rlaudio submit` reads these lines in the job's log
         print(f"run folder: {folder.path}", flush=True)
-    trackers: list[Tracker] = [JsonlTracker(folder.metrics / "metrics.jsonl")]
-    mlflow = None
-    if config.tracking.mlflow:
-        mlflow = MlflowTracker(
-            run_root=Path(config.run.root),
-            run_folder=folder.path,
-            experiment=config.tracking.experiment,
-            uri=config.tracking.uri,
-            linked=(lambda link: print(f"mlflow: {link}", flush=True)) if IN_JOB in os.environ else None,
-        )
-        trackers.append(mlflow)
-    tracker = Trackers(*trackers)
+    trackers = open_trackers(
+        folder,
+        config.tracking,
+        linked=(lambda link: print(f"mlflow: {link}", flush=True)) if IN_JOB in os.environ else None,
+    )
+    tracker, mlflow = trackers.all, trackers.mlflow
     tracker.log_params(_flat(to_yaml(config)))
     status: Status = "FAILED"
     try:

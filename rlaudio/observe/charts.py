@@ -1,7 +1,7 @@
 """Small SVG drawings for the report page. Numbers in, escaped markup out; colours come from the page's CSS classes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from markupsafe import Markup
 
@@ -109,6 +109,51 @@ def curve(points: Sequence[tuple[int, float]], *, label: str) -> Markup:
         s1=steps[-1],
         raw=line(values),
         smooth=line(smooth),
+    )
+
+
+def bars(counts: Sequence[int], *, marked: Collection[int] = ()) -> Markup:
+    """A histogram over 0, 1, ...: each bar with its count above and its place below; those `marked` stand out."""
+    width, height, edge = 520, 190, 22
+    step = width / max(len(counts), 1)
+    highest = max([*counts, 1])
+    drawn = Markup("").join(
+        Markup(
+            '<rect class="{tone}" x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="3"/>'
+            '<text x="{m:.1f}" y="{ty:.1f}" text-anchor="middle">{count}</text>'
+            '<text x="{m:.1f}" y="{bottom}" text-anchor="middle">{place}</text>'
+        ).format(
+            tone="marked" if place in marked else "",
+            x=place * step + 0.1 * step,
+            w=0.8 * step,
+            h=(tall := (height - 2 * edge) * count / highest),
+            y=height - edge - tall,
+            m=(place + 0.5) * step,
+            ty=height - edge - tall - 5,
+            bottom=height - 6,
+            count=count,
+            place=place,
+        )
+        for place, count in enumerate(counts)
+    )
+    label = ", ".join(f"{place}: {count}" for place, count in enumerate(counts))
+    return Markup('<svg class="bars" viewBox="0 0 {w} {h}" role="img" aria-label="{label}">{drawn}</svg>').format(
+        w=width, h=height, label=label, drawn=drawn
+    )
+
+
+def shares(parts: Sequence[int], *, classes: Sequence[str]) -> Markup:
+    """One bar cut into parts of a whole, each with its CSS class."""
+    width, total = 240, max(sum(parts), 1)
+    starts = [width * sum(parts[:index]) / total for index in range(len(parts))]
+    drawn = Markup("").join(
+        Markup('<rect class="{tone}" x="{x:.1f}" y="3" width="{w:.1f}" height="12"/>').format(
+            tone=tone, x=start, w=width * part / total
+        )
+        for tone, start, part in zip(classes, starts, parts, strict=True)
+    )
+    return Markup('<svg class="shares" viewBox="0 0 {w} 18" aria-hidden="true">{drawn}</svg>').format(
+        w=width, drawn=drawn
     )
 
 

@@ -23,7 +23,9 @@ _RUN_FILE = "mlflow_run.json"
 class MlflowBackend:
     """One MLflow run, made or resumed. Its id lies in the run folder, so the same folder is the same MLflow run."""
 
-    def __init__(self, *, uri: str, experiment: str, run_name: str, run_folder: Path, artifacts: Path) -> None:
+    def __init__(
+        self, *, uri: str, experiment: str, run_name: str, run_folder: Path, artifacts: Path, parent: str = ""
+    ) -> None:
         # Before the import: MLflow reports its use over the network and greets on stderr unless told not to.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
@@ -34,8 +36,12 @@ class MlflowBackend:
         self._uri = uri
         self._client = MlflowClient(tracking_uri=uri)
         self._run_id = self._resume(run_folder / _RUN_FILE, uri) or self._create(
-            uri=uri, experiment=experiment, run_name=run_name, run_folder=run_folder, artifacts=artifacts
+            uri=uri, experiment=experiment, run_name=run_name, run_folder=run_folder, artifacts=artifacts, parent=parent
         )
+
+    @property
+    def run_id(self) -> str:
+        return self._run_id
 
     def _resume(self, file: Path, uri: str) -> str | None:
         from mlflow.exceptions import MlflowException
@@ -52,7 +58,9 @@ class MlflowBackend:
             return None
         return str(known["run_id"])
 
-    def _create(self, *, uri: str, experiment: str, run_name: str, run_folder: Path, artifacts: Path) -> str:
+    def _create(
+        self, *, uri: str, experiment: str, run_name: str, run_folder: Path, artifacts: Path, parent: str
+    ) -> str:
         from mlflow.exceptions import MlflowException
 
         found = self._client.get_experiment_by_name(experiment)
@@ -64,7 +72,7 @@ class MlflowBackend:
                 if found is None:
                     raise
         experiment_id = found.experiment_id if found is not None else found_id
-        tags = {"rlaudio.run_folder": str(run_folder)}
+        tags = {"rlaudio.run_folder": str(run_folder)} | ({"mlflow.parentRunId": parent} if parent else {})
         run_id = str(self._client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id)
         (run_folder / _RUN_FILE).write_text(json.dumps({"uri": uri, "run_id": run_id}) + "\n", encoding="utf-8")
         return run_id

@@ -130,6 +130,7 @@ class MlflowTracker(BackgroundTracker):
         run_folder: this run's folder; resuming in the same folder continues the same MLflow run.
         experiment: groups runs.
         uri: another tracking server; empty is the SQLite file of `run_root`.
+        parent: id of the run that this one is a part of.
         linked: hears, in the tracker's thread, how the run is opened in a browser as soon as there is one.
     """
 
@@ -140,6 +141,7 @@ class MlflowTracker(BackgroundTracker):
         run_folder: Path,
         experiment: str,
         uri: str = "",
+        parent: str = "",
         linked: Callable[[str], None] | None = None,
     ) -> None:
         self.uri = uri or f"sqlite:///{(run_root / 'mlflow.db').absolute()}"
@@ -151,6 +153,7 @@ class MlflowTracker(BackgroundTracker):
                 run_name=run_folder.name,
                 run_folder=run_folder,
                 artifacts=run_root / "mlflow_artifacts",
+                parent=parent,
             )
             if linked is not None:
                 linked(backend.link())

@@ -1,9 +1,11 @@
 """Supervised training in phases, on the same learner group as RL: mid-training, cold start, and judges."""
 
 import asyncio
+import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from rlaudio.aio import undisturbed
 from rlaudio.audio.store import ClipStore
 from rlaudio.config import PhaseSettings, SftConfig
 from rlaudio.data.mixture import Interleaver
@@ -24,6 +27,7 @@ from rlaudio.models.base import ModelFamily
 from rlaudio.models.families import open_family
 from rlaudio.observe.progress import Progress
 from rlaudio.observe.tracker import Tracker
+from rlaudio.recipes.checkpoints import CheckpointStore, DriverState
 from rlaudio.recipes.cluster import actor_environment
 from rlaudio.types import PromptRecord
 
@@ -38,38 +42,44 @@ async def run_sft(
     progress: Progress,
     stopped: Path,
     rows: Mapping[str, pa.RecordBatch] | None = None,
+    checkpoints: Path,
+    resume: bool = False,
 ) -> None:
     """Run every phase in order and export the checkpoint to `run.output`.
 
     Args:
         rows: by the path of a phase's data, where they are made already.
+        checkpoints: resume points go here, every `run.checkpoint_every` steps.
+        resume: go on from the last of them, if there is one: what comes out is what a run in one go gives.
 
-    A cancelled run (Ctrl-C) exports what was trained so far to the new folder `stopped`: to start another run from, not
-    to go on with.
+    A cancelled run (Ctrl-C) saves where it stands, and exports what was trained so far to the new folder `stopped`: to
+    start another run from.
     """
     shares = [phase_shares(phase) for phase in config.phases]
     batches = dict(rows or {})
     if missing := sorted({path for share in shares for path in share} - batches.keys()):
         family = open_family(config.model)
         batches |= {path: load_rows(path, family=family, clips=config.clips) for path in missing}
+    store = CheckpointStore(checkpoints)
+    latest = store.latest() if resume else None
     spec = TrainerSpec(model=config.model, clips_root=config.clips, learner=config.learner, seed=config.run.seed)
     learner = LearnerGroup(spec, env_vars=actor_environment())
     progress.stage("starting the learner")
     try:
         await learner.start()
-        step = 0
-        async with exported_if_cancelled(learner.export, stopped, say=progress.say):
-            for phase, parts in zip(config.phases, shares, strict=True):
-                progress.stage(phase.name)
-                step = await _run_phase(
-                    phase,
-                    [(batches[path], weight) for path, weight in parts.items()],
-                    learner=learner,
-                    tracker=tracker,
-                    progress=progress,
-                    first_step=step,
-                    seed=config.run.seed,
-                )
+        training = _Training(config, learner=learner, store=store, tracker=tracker, progress=progress)
+        if latest is not None:
+            await learner.load(latest[0])
+            training.place = Place(**latest[1].prompts)
+            progress.say(f"going on from step {training.place.step}")
+
+        async def save_and_export(path: Path) -> None:
+            await training.save()
+            await learner.export(path)
+
+        async with exported_if_cancelled(save_and_export, stopped, say=progress.say):
+            for number, (phase, parts) in enumerate(zip(config.phases, shares, strict=True)):
+                await training.run(number, phase, [(batches[path], weight) for path, weight in parts.items()])
         await learner.export(Path(config.run.output))
     finally:
         await learner.stop()
@@ -87,32 +97,81 @@ async def exported_if_cancelled(
         partial = path.with_name(f".{path.name}.partial")
         # The task is told once; the export itself must not be cut off by it. It waits for the step under way.
         await asyncio.shield(export(partial))
+        shutil.rmtree(path, ignore_errors=True)  # of an earlier stop
         partial.rename(path)
         raise
 
 
-async def _run_phase(
-    phase: PhaseSettings,
-    parts: Sequence[tuple[pa.RecordBatch, float]],
-    *,
-    learner: LearnerGroup,
-    tracker: Tracker,
-    progress: Progress,
-    first_step: int,
-    seed: int,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where supervised training stands; what a checkpoint keeps of the driver.
+
+    Attributes:
+        phase, phase_step: the phase, and how many of its steps are done.
+        step: all steps, of earlier phases too.
+        smoothed: loss, as `stop_at_loss` looks at it.
+        ended: the phase is over, by its number of steps or by its loss.
+    """
+
+    phase: int = 0
+    phase_step: int = 0
+    step: int = 0
     smoothed: float | None = None
-    step = 0
-    for step, rows in zip(range(phase.steps), draw_mixture(parts, phase.rows_per_step, seed=seed), strict=False):
-        metrics = await learner.supervised_step([ray.put(rows)], phase)
-        values = metrics.values
-        smoothed = values["loss"] if smoothed is None else _SMOOTHING * smoothed + (1 - _SMOOTHING) * values["loss"]
-        tracker.log({f"{phase.name}/{name}": value for name, value in values.items()}, step=first_step + step)
-        progress.update(step + 1, phase.steps, {"loss": smoothed, **_accuracy(values)})
-        if smoothed < phase.stop_at_loss:
-            progress.say(f"{phase.name}: loss {smoothed:.3f} is below {phase.stop_at_loss:g} after {step + 1} steps")
-            break
-    return first_step + step + 1
+    ended: bool = False
+
+
+class _Training:
+    """The steps of all phases, from any place on."""
+
+    def __init__(
+        self, config: SftConfig, *, learner: LearnerGroup, store: CheckpointStore, tracker: Tracker, progress: Progress
+    ) -> None:
+        self._config, self._learner, self._store = config, learner, store
+        self._tracker, self._progress = tracker, progress
+        self.place = Place()
+
+    async def run(self, number: int, phase: PhaseSettings, parts: Sequence[tuple[pa.RecordBatch, float]]) -> None:
+        """Train what is left of a phase; nothing where it was over before."""
+        place = self.place
+        if number < place.phase or (number == place.phase and place.ended):
+            return
+        if number > place.phase:
+            place = self.place = Place(number, 0, place.step)
+        self._progress.stage(phase.name)
+        draws = draw_mixture(parts, phase.rows_per_step, seed=self._config.run.seed)
+        for rows in islice(draws, place.phase_step, phase.steps):
+            # Whole steps only: a stop in the middle of one would leave a place between two.
+            await undisturbed(self._step(phase, rows))
+            await asyncio.sleep(0)  # where a stop that was put off takes effect
+            every = self._config.run.checkpoint_every
+            if every and self.place.step % every == 0:
+                await self.save()
+            if self.place.ended:
+                break
+
+    async def _step(self, phase: PhaseSettings, rows: pa.RecordBatch) -> None:
+        metrics = await self._learner.supervised_step([ray.put(rows)], phase)
+        values, before = metrics.values, self.place
+        loss = values["loss"]
+        smoothed = loss if before.smoothed is None else _SMOOTHING * before.smoothed + (1 - _SMOOTHING) * loss
+        done = before.phase_step + 1
+        self._tracker.log({f"{phase.name}/{name}": value for name, value in values.items()}, step=before.step)
+        self._progress.update(done, phase.steps, {"loss": smoothed, **_accuracy(values)})
+        low = smoothed < phase.stop_at_loss
+        if low:
+            self._progress.say(f"{phase.name}: loss {smoothed:.3f} is below {phase.stop_at_loss:g} after {done} steps")
+        self.place = Place(before.phase, done, before.step + 1, smoothed, ended=low or done == phase.steps)
+
+    async def save(self) -> None:
+        """Save as of the steps done, to the end even on Ctrl-C; what is whole already is not saved again."""
+        place = self.place
+        if place.step and not self._store.holds(place.step):
+            await undisturbed(self._save(place))
+
+    async def _save(self, place: Place) -> None:
+        path = self._store.begin(place.step)
+        await self._learner.save(path)
+        self._store.finish(path, DriverState(step=place.step, incarnation=0, number=place.step, prompts=asdict(place)))
 
 
 def _accuracy(values: dict[str, float]) -> dict[str, float]:

@@ -387,3 +387,14 @@ async def test_normalising_is_a_setting_of_each_source(how: str, spread: float) 
     rewards = experience.column("reward").to_numpy()
     assert np.ptp(rewards) == pytest.approx(spread)
     assert rewards.sum() == pytest.approx(2.0 if how == "none" else 0.0)
+
+
+async def test_grading_says_of_each_sibling_by_itself_who_is_right() -> None:
+    """As `evaluate` says of one dialogue; a source's failure is told of its sibling alone."""
+    made = await worker(VERIFIED, flaky(1))
+    dialogues = group(("one", "two"), ("one", "three"), ("four",))
+    results = await made.grade(RECORD, played_batch(RECORD, dialogues))
+    assert [[turn.correct for turn in result.turns] for result in results] == [[True, True], [True, False], [False]]
+    assert [bool(result.problem) for result in results] == [False, True, False]
+    alone = [await made.evaluate(RECORD, played_batch(RECORD, [one])) for one in dialogues]
+    assert alone == results

@@ -1,0 +1,73 @@
+"""CurationConfig and PipelineConfig: settings for choosing records by the policy, and for stages that run in order."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from rlaudio.config import PATH, PLACE, RunConfig, TrackingSettings
+
+
+@dataclass
+class CurationSettings:
+    """Which records are worth training on: those that the policy neither always nor never gets right.
+
+    Defaults are those of arXiv:2511.15848, 4.2: of 8 responses 3 to 6 are right.
+    """
+
+    k: int = 8  # dialogues that are played of each record
+    keep: list[int] = field(default_factory=lambda: [3, 6])  # [lowest, highest] number of them that pass
+    # Of the turns that a verifier speaks of, the share that must be right for a dialogue to pass.
+    pass_share: float = 1.0
+    # Names of the reward sources that say what is right. Empty: all that verify, and no judge model is served
+    sources: list[str] = field(default_factory=list)
+    max_records: int = 0  # the first so many; 0: all
+    # The kept records. Empty: `kept.jsonl` in the run folder
+    output: str = field(default="", metadata=PLACE)
+
+
+@dataclass
+class CurationConfig(RunConfig):
+    """`rlaudio data curate`: the settings of an RL run, of which the learner's are not used, and what is kept."""
+
+    recipe: str = "curate"
+    curation: CurationSettings = field(default_factory=CurationSettings)
+
+
+@dataclass
+class EvaluationConfig(RunConfig):
+    """`recipe: evaluate`: several checkpoints on the held-out sets of an RL run's settings, compared in their order."""
+
+    recipe: str = "evaluate"
+    # Name -> checkpoint, in the order in which they are compared. Empty: that of `model.path` alone
+    policies: dict[str, str] = field(default_factory=dict, metadata=PATH)
+
+
+@dataclass
+class StageSettings:
+    """One stage of a pipeline: a recipe with its own file."""
+
+    name: str = MISSING
+    recipe: str = MISSING  # sft, reward_model, curate, rl, evaluate
+    config: str = field(default=MISSING, metadata=PATH)
+    # Settings over those of the file, names with dots: `model.path: ${stage.cold_start.model}`
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PipelineRunSettings:
+    name: str = MISSING
+    root: str = field(default="runs", metadata=PLACE)  # the pipeline's folder, NAME-seedN, is made here
+    seed: int = 0  # of every stage that has none of its own
+
+
+@dataclass
+class PipelineConfig:
+    """`recipe: pipeline`: stages in order, each with the results of those before it."""
+
+    recipe: str = "pipeline"
+    run: PipelineRunSettings = field(default_factory=PipelineRunSettings)
+    stages: list[StageSettings] = field(default_factory=list)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    # Filled in when the file is read: stage -> result -> where it lies. `${stage.NAME.RESULT}` refers to it
+    stage: dict[str, dict[str, str]] = field(default_factory=dict)

@@ -1,0 +1,96 @@
+"""Evaluation: several checkpoints on the same held-out sets, each compared with the one before it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlaudio.config_stages import EvaluationConfig
+from rlaudio.data.run_data import RunData
+from rlaudio.evals.heldout import evaluate
+from rlaudio.evals.summary import EvaluationResult, read_evaluation, summarise, write_evaluation
+from rlaudio.observe.progress import Progress
+from rlaudio.observe.tracker import Tracker
+from rlaudio.recipes.playing import playing_actors
+from rlaudio.runs import RunFolder, write_json_atomic
+
+
+async def run_evaluation(
+    config: EvaluationConfig, *, data: RunData, folder: RunFolder, tracker: Tracker, progress: Progress
+) -> dict[str, Any]:
+    """Evaluate every policy, those that lie in the folder already excepted, and write `report.json`.
+
+    Returns:
+        The content of `report.json`; see `compare`.
+
+    Raises:
+        EngineError, RolloutError, JudgeError: nothing could be played or judged; what was evaluated stays.
+    """
+    policies = config.policies or {"policy": config.model.path}
+    found: dict[str, list[EvaluationResult]] = {}
+    for name, path in policies.items():
+        files = {heldout: folder.path / f"evaluation-{name}-{heldout}.json" for heldout in data.heldout}
+        if not all(file.is_file() for file in files.values()):
+            await _evaluate_one(config, name, path, data=data, files=files, progress=progress)
+        found[name] = [read_evaluation(file) for file in files.values()]
+    report = compare(found, paths=policies, seed=config.run.seed, num_resamples=config.evaluation.bootstrap)
+    write_json_atomic(folder.report_json, report)
+    for step, levels in enumerate(report["levels"].values()):
+        for heldout, side in levels.items():
+            values = {"accuracy": side["accuracy"]["all"], "reward": side["reward"]}
+            tracker.log({f"{heldout}/{key}": value for key, value in values.items()}, step=step)
+    return report
+
+
+async def _evaluate_one(
+    config: EvaluationConfig, name: str, path: str, *, data: RunData, files: Mapping[str, Path], progress: Progress
+) -> None:
+    progress.stage(f"starting engines for {name}")
+    chosen = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
+    async with playing_actors(chosen, told=progress.say) as actors:
+        progress.stage(f"held-out dialogues of {name}")
+        results = await evaluate(
+            data.heldout,
+            phase="after",
+            rollouts=actors.rollouts,
+            rewards=actors.rewards,
+            settings=config.evaluation,
+            progressed=progress.update,
+            told=progress.say,
+        )
+    for result in results:
+        write_evaluation(files[result.name], result)
+
+
+def compare(
+    found: Mapping[str, Sequence[EvaluationResult]], *, paths: Mapping[str, str], seed: int, num_resamples: int
+) -> dict[str, Any]:
+    """What `report.json` of an evaluation holds.
+
+    Args:
+        found: policy -> one result per set, all of the same sets.
+
+    Returns:
+        `{"policies": {NAME: path}, "levels": {NAME: {SET: side}}, "gains": {NAME: {SET: delta}}}` with sides and deltas
+        as in `rlaudio.evals.summary.summarise`; a gain is over the policy before it, the first has none.
+
+    Raises:
+        DataError: the sets of two policies are not the same dialogues.
+    """
+    names = list(found)
+    levels: dict[str, Any] = {}
+    gains: dict[str, Any] = {}
+    for before, name in zip([names[0], *names], names, strict=False):
+        pair = summarise(
+            [dataclasses.replace(one, phase="before") for one in found[before]],
+            [dataclasses.replace(one, phase="after") for one in found[name]],
+            seed=seed,
+            throughput={},
+            timings_s={},
+            num_resamples=num_resamples,
+        )
+        sets = [one.name for one in found[name]]
+        levels[name] = {heldout: pair[heldout]["after"] for heldout in sets}
+        if before != name:
+            gains[name] = {heldout: pair[heldout]["delta"] for heldout in sets}
+    return {"policies": dict(paths), "levels": levels, "gains": gains}
