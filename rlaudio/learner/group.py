@@ -313,9 +313,9 @@ class LearnerGroup:
         self._failed = f"learner {_names(list(errors))} failed in {phase}: " + (
             _reason(error) if cause is None else f"{type(cause).__name__}: {cause}"
         )
-        failure = (RanksLostError if _may_pass(cause) else LearnerError)(self._failed)
-        failure.__cause__ = error
-        return failure
+        broken: LearnerError = (RanksLostError if _may_pass(cause) else LearnerError)(self._failed)
+        broken.__cause__ = error
+        return broken
 
     def _require_alive(self) -> None:
         if self._failed is not None:
