@@ -194,7 +194,7 @@ def _tree(root: int) -> Iterator[tuple[int, str]]:
 
 def _role(pid: int) -> str:
     command = Path(f"/proc/{pid}/cmdline").read_text()
-    names = {"ray::RolloutWorker": "engine", "ray::_RankActor": "learner", "ray::RewardWorker": "rewards"}
+    names = {"ray::RolloutWorker": "engine", "ray::RankActor": "learner", "ray::RewardWorker": "rewards"}
     return next((role for name, role in names.items() if command.startswith(name)), "ray")
 
 

@@ -108,6 +108,9 @@ def test_ranks_are_packed_and_judges_are_apart(cluster: None) -> None:
         assert max(used.values()) <= 4
         assert told == []
 
+        # Ranks that start again have the places that they had, whether or not Ray has seen the others end.
+        assert places.options("learner") == {}
+        assert "scheduling_strategy" in places.own("learner") and places.own("nobody") == {}
         # A restarted actor comes back to its place; one more than was reserved is left to Ray.
         assert places.options("rollout") == {}
         ray.kill(engines[0])

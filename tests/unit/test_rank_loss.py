@@ -54,6 +54,9 @@ class World:
     steps: list[int] = field(default_factory=list)
     steps_done: int = 0
     exported: list[str] = field(default_factory=list)
+    played: set[int] = field(default_factory=set)  # in the present life
+    kept: set[int] = field(default_factory=set)  # what the weights had seen when it began
+    sends_well: int = 10_000  # a rank dies in the broadcast after so many, and nobody else hears of it
     sync_error: WeightSyncError | None = None
 
     async def _work(self, what: str) -> None:
@@ -69,6 +72,7 @@ class World:
 
     async def play(self, record: PromptRecord, *, group: int) -> Any:
         oldest = self.engines
+        self.played.add(group)
         await asyncio.sleep(self.rng.choice([0.0, 0.001]))
         versions = (oldest, self.engines)
         return SimpleNamespace(
@@ -83,7 +87,8 @@ class World:
 
     async def broadcast(self, snapshot: Any) -> None:
         await asyncio.sleep(self.rng.choice([0.0, 0.001]))
-        if self.lost or self.sync_error:
+        self.sends_well -= 1
+        if self.lost or self.sync_error or self.sends_well == 0:
             raise self.sync_error or WeightSyncError("a rank did not send")
         self.engines = snapshot.version
 
@@ -122,17 +127,19 @@ class World:
         await self._work("load")
         self.seen = json.loads((path / "seen.json").read_text())
         self.version = replace(self.version, number=len(self.seen))
+        self.kept = {group for batch in self.seen for group in batch}
 
     async def export(self, path: Path) -> None:
         await self._work("export")
         self.exported.append(path.name)
 
     async def find_lost(self) -> str:
-        return self.lost
+        return self.lost or "learner rank 1 died, sending" * (self.sends_well == 0)
 
     async def restart(self, version: WeightVersion, *, least_ranks: int) -> None:
         self.restarts += 1
         self.lost, self.seen, self.version = "", [], version
+        self.played, self.kept, self.sends_well = set(), set(), 10_000
         await self._work("start")
 
     # ---- observer ------------------------------------------------------------------------------------------------
@@ -197,6 +204,9 @@ def test_whenever_ranks_are_lost_each_group_is_trained_once(seed: int, tmp_path:
     groups = [group for batch in world.seen for group in batch]
     assert len(groups) == len(set(groups)) == STEPS * PER_STEP == sums.durable
     assert sums.problems == () and sums.num_lives == world.restarts + 1 and world.restarts >= 1
+    assert world.kept | world.played == set(range(max(world.played) + 1)), (
+        "what came back was played before what is new"
+    )
     assert world.steps == list(range(STEPS)) and world.exported == ["model"]
     assert world.version == world.engines == WeightVersion(world.restarts, STEPS)
 
@@ -220,6 +230,14 @@ def test_none_are_started_again_where_none_shall_be(tmp_path: Path) -> None:
     with pytest.raises(RanksLostError, match="rank 1 died"):
         train_world(world, tmp_path, max_restarts=0)
     assert world.restarts == 0
+
+
+def test_a_rank_that_dies_while_it_sends_weights_is_a_lost_rank(tmp_path: Path) -> None:
+    said = io.StringIO()
+    world = World(random.Random(0), fatal=[], sends_well=6)
+    sums = train_world(world, tmp_path, said=said)
+    assert world.restarts == 1 and sums.problems == () and sums.durable == STEPS * PER_STEP
+    assert "rank 1 died, sending; training ended by WeightSyncError" in said.getvalue()
 
 
 def test_weights_that_do_not_come_for_another_reason_end_the_run(tmp_path: Path) -> None:
