@@ -19,7 +19,7 @@ from rlaudio.models.step_audio import StepAudio
 from rlaudio.types import AudioPart
 
 # vLLM 0.32 warns on import and at start; not ours to fix. Importing it takes minutes on a busy machine.
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(1500)]
 
 JUDGE = Path(__file__).parents[2] / "examples" / "quickstart" / "checkpoints" / "hearing_judge"
 

@@ -24,7 +24,7 @@ from rlaudio.types import Dialogue, Message, PromptRecord, TextPart, Turn, Versi
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1500),
 ]
 
 JUDGE = Path(__file__).parents[2] / "examples" / "quickstart" / "checkpoints" / "judge"

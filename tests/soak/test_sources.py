@@ -1,8 +1,8 @@
 """Verified reward alone against the joint reward: the quickstart twice, from one start, on the same data and seed.
 
 `make soak CELL=sources`: under half an hour on two idle cores, hours on crowded ones. What is read is MLflow's store,
-as a person would. A run that is finished is kept in `runs/soak/sources` and not made again; `SOAK_STEPS=n` makes
-them short, to try the mechanics.
+as a person would. A run that is finished is kept in `runs/soak/sources` and not made again; `SOAK_STEPS=n` shortens
+them to try the mechanics.
 """
 
 import contextlib
