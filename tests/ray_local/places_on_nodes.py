@@ -98,7 +98,8 @@ def test_ranks_are_packed_and_judges_are_apart(cluster: None) -> None:
     told: list[str] = []
     places = asyncio.run(reserve(config, told=told.append))
     try:
-        ranks = nodes_of(made(places, config, "learner", 3))
+        learner = made(places, config, "learner", 3)  # kept: an actor that nobody holds ends, and its place is free
+        ranks = nodes_of(learner)
         judges = nodes_of(made(places, config, "rewards", 2))
         engines = made(places, config, "rollout", 1)
         assert len(set(ranks)) == 1, "three ranks fit on one node"
@@ -109,7 +110,7 @@ def test_ranks_are_packed_and_judges_are_apart(cluster: None) -> None:
         assert told == []
 
         # Ranks that start again have the places that they had, whether or not Ray has seen the others end.
-        assert places.options("learner") == {}
+        assert len(learner) == 3 and places.options("learner") == {}
         assert "scheduling_strategy" in places.own("learner") and places.own("nobody") == {}
         # A restarted actor comes back to its place; one more than was reserved is left to Ray.
         assert places.options("rollout") == {}

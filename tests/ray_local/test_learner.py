@@ -162,7 +162,7 @@ def test_half_a_checkpoint_is_refused(world: World, tmp_path: Path) -> None:
         worker.load(tmp_path)
     worker.save(tmp_path / "whole")
     (tmp_path / "whole" / "rank_0.pt").unlink()
-    with pytest.raises(CheckpointError, match="rank 0"):
+    with pytest.raises(CheckpointError, match=r"rank_0\.pt"):
         worker.load(tmp_path / "whole")
 
 
