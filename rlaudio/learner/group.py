@@ -55,6 +55,8 @@ class LearnerGroup:
         place: Ray's options that say where the next rank goes.
     """
 
+    rank_actor: type[RankActor] = RankActor
+
     def __init__(
         self,
         spec: TrainerSpec,
@@ -88,7 +90,8 @@ class LearnerGroup:
         learner = self._spec.learner
         # Weights are sent beside training: from threads of their own, where the rank is asked to send them.
         groups = {SENDING: SENDING_THREADS} if self._spec.sync.transport == "collective" else None
-        remote = ray.remote(concurrency_groups=groups)(RankActor) if groups else ray.remote(RankActor)
+        kind = self.rank_actor
+        remote = ray.remote(concurrency_groups=groups)(kind) if groups else ray.remote(kind)
         options = {
             "num_cpus": learner.num_cpus,
             "num_gpus": learner.num_gpus,
