@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from rlaudio.config import AlgorithmSettings, PhaseSettings
 from rlaudio.errors import LearnerError, RanksLostError, RlaudioError, WeightSyncError
@@ -335,8 +335,12 @@ def _environment(spec: TrainerSpec, env_vars: Mapping[str, str]) -> dict[str, st
 
 
 def _may_pass(cause: BaseException | None) -> bool:
-    """Whether other ranks may be spared: broken lines and devices are torch's RuntimeErrors, and a bug is none."""
-    return isinstance(cause, RuntimeError | OSError | None) and "OutOfMemory" not in type(cause).__name__
+    """Whether other ranks may be spared: broken lines and devices are torch's RuntimeErrors, and a bug is none.
+
+    Rows that were lost with their node come back with the checkpoint: from the spool, or played again.
+    """
+    passing = RuntimeError | OSError | ObjectLostError | None
+    return isinstance(cause, passing) and "OutOfMemory" not in type(cause).__name__
 
 
 def _names(ranks: Sequence[int]) -> str:

@@ -81,10 +81,10 @@ def _keep(cell: Cell, outcome: Outcome) -> None:
     add_row(
         ROOT / "bench" / "RESULTS.md",
         section="Any plug pulled (`make chaos`)",
-        about="kill -9 of a role in a phase, on a cluster of a head and two nodes on one machine. Real Ray, pools, judge, "
-        "ledger, spool, transport, checkpoints; fake engines, ranks without a model. In every row `rlaudio audit` "
-        "added up after each life of the driver, and the weights have seen each group that the ledger calls trained "
-        "exactly once.",
+        about="kill -9 of a role in a phase, on a cluster of a head and two nodes on one machine. Real Ray, pools, "
+        "judge, ledger, spool, transport, checkpoints; fake engines, ranks without a model. In every row "
+        "`rlaudio audit` added up after each life of the driver, and the weights have seen each group that the ledger "
+        "calls trained exactly once.",
         columns=[*columns, "undone", "audits", "s"],
         row=[
             f"{date.today().isoformat()}, {os.cpu_count()} cores",
