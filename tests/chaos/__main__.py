@@ -11,7 +11,7 @@ from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
-from tests.chaos.cells import ROOT, Cell, ChaosError, Outcome, matrix, run_cell, short, soak
+from tests.chaos.cells import NUM_SOAKS, ROOT, Cell, ChaosError, Outcome, matrix, run_cell, short, soak
 from tests.chaos.nodes import cluster_of_nodes
 
 KEPT = ROOT / "runs" / "chaos"
@@ -24,7 +24,11 @@ def main() -> int:
     parser.add_argument("--cell", default="", help="only cells whose name has this in it")
     parser.add_argument("--short", action="store_true", help="one run with a fault per role, and nothing is kept")
     arguments = parser.parse_args()
-    cells = [short()] if arguments.short else [cell for cell in [*matrix(), soak()] if arguments.cell in cell.name]
+    cells = (
+        [short()]
+        if arguments.short
+        else [cell for cell in [*matrix(), *map(soak, range(NUM_SOAKS))] if arguments.cell in cell.name]
+    )
     todo = [cell for cell in cells if arguments.short or not _kept(cell).is_file()]
     print(f"{len(cells)} cells, {len(cells) - len(todo)} passed before and are kept in {KEPT}", flush=True)
     failed = _run(todo, keep=not arguments.short) if todo else []

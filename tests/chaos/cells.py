@@ -26,7 +26,8 @@ SOAK_LIFE_DEADLINE_S = 1500.0
 DELAY_S = 0.03
 """Faults strike within so long of their phase's beginning; every phase takes longer."""
 SOAK_SHARES = {"driver": 2, "rollout": 4, "reward": 3, "learner": 3, "store": 1, "node": 1}
-NUM_SOAK_FAULTS = 105
+NUM_SOAKS, FAULTS_PER_SOAK = 5, 21
+"""In runs of their own, so that a soak that was cut off goes on behind the last whole one."""
 
 
 class ChaosError(Exception):
@@ -95,15 +96,15 @@ def short() -> Cell:
     return Cell("short", 16, 7, faults)
 
 
-def soak(*, seed: int = 0, num_faults: int = NUM_SOAK_FAULTS) -> Cell:
-    """Seeded faults of every kind; the first ones of a run that has no checkpoint yet."""
+def soak(seed: int) -> Cell:
+    """Seeded faults of every kind, the first one before the run has a checkpoint."""
     rng = random.Random(f"soak/{seed}")
-    roles = rng.choices(list(SOAK_SHARES), weights=list(SOAK_SHARES.values()), k=num_faults)
+    roles = rng.choices(list(SOAK_SHARES), weights=list(SOAK_SHARES.values()), k=FAULTS_PER_SOAK)
     faults = tuple(
         Fault(role, rng.choice(PHASES), step=index, delay_s=rng.uniform(0.0, DELAY_S))
         for index, role in enumerate(roles)
     )
-    return Cell(f"soak-{seed}", num_faults + 10, seed, faults)
+    return Cell(f"soak-{seed}", FAULTS_PER_SOAK + 10, seed, faults)
 
 
 def run_cell(cell: Cell, nodes: Nodes, *, folder: Path) -> Outcome:

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from tests.chaos.cells import matrix, short, soak
+from tests.chaos.cells import NUM_SOAKS, matrix, short, soak
 from tests.chaos.faults import PHASES, ROLES, Fault, Saboteur, alive
 
 
@@ -22,12 +22,15 @@ def test_every_role_is_killed_in_every_phase() -> None:
 
 
 def test_the_soak_has_a_hundred_faults_of_all_kinds_and_the_same_ones_again() -> None:
-    cell = soak()
-    assert len(cell.faults) >= 100 and cell == soak() and cell.faults != soak(seed=1).faults
-    assert {fault.role for fault in cell.faults} == set(ROLES)
-    assert {fault.phase for fault in cell.faults} == set(PHASES)
-    assert [fault.step for fault in cell.faults] == sorted(fault.step for fault in cell.faults)
-    assert cell.faults[-1].step < cell.steps, "each comes before the end"
+    cells = [soak(seed) for seed in range(NUM_SOAKS)]
+    faults = [fault for cell in cells for fault in cell.faults]
+    assert len(faults) >= 100 and cells == [soak(seed) for seed in range(NUM_SOAKS)]
+    assert {fault.role for fault in faults} == set(ROLES)
+    assert {fault.phase for fault in faults} == set(PHASES)
+    assert len({cell.faults for cell in cells}) == len({cell.name for cell in cells}) == NUM_SOAKS
+    for cell in cells:
+        assert [fault.step for fault in cell.faults] == sorted(fault.step for fault in cell.faults)
+        assert cell.faults[-1].step < cell.steps, "each comes before the end"
 
 
 def test_the_short_form_kills_each_role_once() -> None:
