@@ -1,6 +1,6 @@
 # Two commands matter: `make run` and `make test`. Both install what is missing first.
 .DEFAULT_GOAL := help
-.PHONY: help setup world run pipeline base test check format soak clean
+.PHONY: help setup world run pipeline base test check format soak chaos clean
 
 # Where torch's CPU build comes from when the places that pip is configured with do not hold it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -47,6 +47,9 @@ format: setup ## rewrite the sources as `make check` wants them
 
 soak: setup ## long runs with faults, or to learn; CELL=name picks one
 	@$(BIN)/python -m pytest tests -m soak -k "$(CELL)" --timeout=0
+
+chaos: setup ## kill every role in every phase, then 105 faults; goes on when started again; CELL=name
+	@$(BIN)/python -m tests.chaos --cell "$(CELL)"
 
 clean: ## remove caches and build leftovers; runs, data and .venv stay
 	@rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from rlaudio.config import AlgorithmSettings, PhaseSettings
 from rlaudio.errors import LearnerError, RanksLostError, RlaudioError, WeightSyncError
@@ -55,6 +55,8 @@ class LearnerGroup:
         place: Ray's options that say where the next rank goes.
     """
 
+    rank_actor: type[RankActor] = RankActor
+
     def __init__(
         self,
         spec: TrainerSpec,
@@ -88,7 +90,8 @@ class LearnerGroup:
         learner = self._spec.learner
         # Weights are sent beside training: from threads of their own, where the rank is asked to send them.
         groups = {SENDING: SENDING_THREADS} if self._spec.sync.transport == "collective" else None
-        remote = ray.remote(concurrency_groups=groups)(RankActor) if groups else ray.remote(RankActor)
+        kind = self.rank_actor
+        remote = ray.remote(concurrency_groups=groups)(kind) if groups else ray.remote(kind)
         options = {
             "num_cpus": learner.num_cpus,
             "num_gpus": learner.num_gpus,
@@ -332,8 +335,12 @@ def _environment(spec: TrainerSpec, env_vars: Mapping[str, str]) -> dict[str, st
 
 
 def _may_pass(cause: BaseException | None) -> bool:
-    """Whether other ranks may be spared: broken lines and devices are torch's RuntimeErrors, and a bug is none."""
-    return isinstance(cause, RuntimeError | OSError | None) and "OutOfMemory" not in type(cause).__name__
+    """Whether other ranks may be spared: broken lines and devices are torch's RuntimeErrors, and a bug is none.
+
+    Rows that were lost with their node come back with the checkpoint: from the spool, or played again.
+    """
+    passing = RuntimeError | OSError | ObjectLostError | None
+    return isinstance(cause, passing) and "OutOfMemory" not in type(cause).__name__
 
 
 def _names(ranks: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from rlaudio.config import AlgorithmSettings, LearnerSettings, RunConfig, RunSettings
 from rlaudio.config_checks import learner_problems
@@ -295,6 +295,7 @@ def task_error(cause: Exception) -> RayTaskError:
         ({0: task_error(RuntimeError("Connection closed by peer")), 1: RayActorError()}, True),
         ({0: task_error(RuntimeError("Connection closed by peer"))}, True),
         ({0: task_error(OSError("the disk is gone"))}, True),
+        ({0: task_error(ObjectLostError("ab", None, ""))}, True),  # the rows lay on a node that died
         ({0: task_error(IndexError("index out of range"))}, False),
         ({0: task_error(torch.OutOfMemoryError("CUDA out of memory"))}, False),
     ],
