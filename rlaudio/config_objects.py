@@ -53,6 +53,8 @@ def _user_problems(config: RunConfig) -> Iterator[str]:
             "dialogue.user", dialogue.user, given=1, options=dialogue.user_options, options_key="dialogue.user_options"
         )
     )
+    if not found and not hasattr(load_object(dialogue.user), "move"):
+        found.append(f"dialogue.user is {dialogue.user!r}, which has no `move`: name a `rlaudio.dialogue.users.User`")
     yield from found
     if not found and (check := getattr(load_object(dialogue.user), "setting_problems", None)):
         yield from check(dialogue.user_options, dialogue)
