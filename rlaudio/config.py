@@ -87,17 +87,6 @@ class DataSettings:
 
 
 @dataclass
-class DialogueSettings:
-    user: str = "rlaudio.dialogue.users:ScriptedUser"
-    max_turns: int = 8
-    keep_thinking: bool = False  # True leaves earlier reasoning in the history
-    unclosed_thinking: str = (
-        "end"  # a turn that never closes its reasoning: "end" the dialogue, or "continue" with an empty reply
-    )
-    seconds_per_turn: float = 120.0  # deadline
-
-
-@dataclass
 class SamplingSettings:
     temperature: float = 1.0
     top_p: float = 1.0
@@ -172,7 +161,7 @@ class SourceSettings:
 
 @dataclass
 class ServedModelSettings:
-    """A model that reward actors serve beside the sources."""
+    """A model that is served beside the policy or the sources."""
 
     path: str = field(default="", metadata=PATH)  # empty: none in this run
     family: str = "rlaudio.models.step_audio:StepAudio"
@@ -183,7 +172,7 @@ class ServedModelSettings:
 
 @dataclass
 class EndpointSettings:
-    """A judge behind an OpenAI-compatible endpoint, instead of `judge_model.path`."""
+    """A model behind an OpenAI-compatible endpoint, instead of `path`."""
 
     url: str = ""  # for example http://host:8000/v1; empty: no endpoint
     model: str = ""  # as the endpoint knows it
@@ -196,9 +185,23 @@ class EndpointSettings:
 
 @dataclass
 class JudgeModelSettings(ServedModelSettings):
-    """The generative judge: a served checkpoint, or an endpoint."""
+    """The generative judge, or what a simulated user thinks with: a served checkpoint, or an endpoint."""
 
     endpoint: EndpointSettings = field(default_factory=EndpointSettings)
+
+
+@dataclass
+class DialogueSettings:
+    user: str = "rlaudio.dialogue.users:ScriptedUser"
+    user_options: dict[str, Any] = field(default_factory=dict)  # of its constructor, by name
+    # What a simulated user thinks with: an endpoint, or a checkpoint that every rollout actor serves beside the policy.
+    user_model: JudgeModelSettings = field(default_factory=JudgeModelSettings)
+    max_turns: int = 8
+    keep_thinking: bool = False  # True leaves earlier reasoning in the history
+    unclosed_thinking: str = (
+        "end"  # a turn that never closes its reasoning: "end" the dialogue, or "continue" with an empty reply
+    )
+    seconds_per_turn: float = 120.0  # deadline, of the user's move and of the reply each
 
 
 @dataclass

@@ -274,6 +274,7 @@ def run_problems(config: RunConfig) -> list[str]:
         *_sync_problems(config),
         *_autoscale_problems(config),
         *_source_problems(config.rewards),
+        *_user_problems(config.dialogue),
         *_trap_problems(config),
         *_heldout_problems(config.data.heldout),
         *_augment_problems(config.data.augment),
@@ -441,6 +442,12 @@ def _source_problems(rewards: RewardSettings) -> Iterator[str]:
             f"rewards.reference_model needs a judge that is served here, and rewards.judge_model {found}: serve one, "
             "or use references of the record or of siblings"
         )
+
+
+def _user_problems(dialogue: DialogueSettings) -> Iterator[str]:
+    if dialogue.user_model.endpoint.url and dialogue.user_model.path:
+        yield "dialogue.user_model has a path and an endpoint.url: one model speaks, leave one of them out"
+    yield from endpoint_problems(dialogue.user_model, key="dialogue.user_model")
 
 
 def endpoint_problems(judge: JudgeModelSettings, *, key: str) -> Iterator[str]:

@@ -32,7 +32,7 @@ def object_problems(config: RunConfig | SftConfig) -> list[str]:
         problems += family_problems(config.rewards.reference_model, key="rewards.reference_model")
     if ":" in config.algorithm.name:
         problems += _call_problems("algorithm.name", config.algorithm.name, given=1)
-    problems += _call_problems("dialogue.user", config.dialogue.user, given=0)
+    problems += _user_problems(config)
     for index, source in enumerate(config.rewards.sources):
         key = f"rewards.sources[{index}]"
         problems += _call_problems(
@@ -46,6 +46,22 @@ def object_problems(config: RunConfig | SftConfig) -> list[str]:
     return problems
 
 
+def _user_problems(config: RunConfig) -> Iterator[str]:
+    dialogue = config.dialogue
+    found = list(
+        _call_problems(
+            "dialogue.user", dialogue.user, given=1, options=dialogue.user_options, options_key="dialogue.user_options"
+        )
+    )
+    if not found and not hasattr(load_object(dialogue.user), "move"):
+        found.append(f"dialogue.user is {dialogue.user!r}, which has no `move`: name a `rlaudio.dialogue.users.User`")
+    yield from found
+    if not found and (check := getattr(load_object(dialogue.user), "setting_problems", None)):
+        yield from check(dialogue.user_options, dialogue)
+    if dialogue.user_model.path:
+        yield from family_problems(dialogue.user_model, key="dialogue.user_model")
+
+
 def record_problems(
     config: RunConfig, heldout: Mapping[str, Sequence[PromptRecord]], train: Sequence[PromptRecord] = ()
 ) -> list[str]:
@@ -56,6 +72,7 @@ def record_problems(
     return [
         *(judged or [*scope_problems(config, sets), *_alone_problems(config, sets)]),
         *_played_problems(config, heldout),
+        *_improvised_problems(config, sets),
     ]
 
 
@@ -64,7 +81,20 @@ def set_problems(
 ) -> list[str]:
     """Of `record_problems` what is said of whole sets; `scopes` leaves out or in what sources speak of."""
     sets = {_train_key(config): train, **heldout}
-    return [*(scope_problems(config, sets) if scopes else ()), *_played_problems(config, heldout)]
+    scoped = scope_problems(config, sets) if scopes else ()
+    return [*scoped, *_played_problems(config, heldout), *_improvised_problems(config, sets)]
+
+
+def _improvised_problems(config: RunConfig, sets: Mapping[str, Sequence[PromptRecord]]) -> Iterator[str]:
+    if getattr(load_object(config.dialogue.user), "improvises", False):
+        return
+    for key, records in sets.items():
+        if found := [record.id for record in records if record.user is not None]:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            yield (
+                f"{key}: record {found[0]!r}{more} is to be improvised, and dialogue.user is {config.dialogue.user}: "
+                "set it to rlaudio.dialogue.simulated:SimulatedUser, or leave the records out"
+            )
 
 
 def _played_problems(config: RunConfig, heldout: Mapping[str, Sequence[PromptRecord]]) -> Iterator[str]:

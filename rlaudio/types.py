@@ -115,8 +115,9 @@ class Message:
 
     An assistant message is *given* history; a user message without one after it is to be *played*. `thinking` is the
     reasoning of an assistant message, kept apart from its parts so that no control token is ever written as text.
-    With `choices` the answer is one of their letters. A `title` stands over the message in place of its role's name:
-    sections as a judge reads them (`rewards/agreement.py`).
+    With `choices` the answer is one of their letters. An `improvise` message is a user's whose words a simulated user
+    finds in every dialogue anew; its parts then say what to bring up, and nobody hears them. A `title` stands over the
+    message in place of its role's name: sections as a judge reads them (`rewards/agreement.py`).
     """
 
     role: Role
@@ -128,11 +129,20 @@ class Message:
     thinking: str | None = None
     choices: tuple[Choice, ...] = ()
     title: str | None = None
+    improvise: bool = False
 
     @property
     def text(self) -> str:
         """What was said, as text: the transcripts and texts of the parts, joined by a space."""
         return " ".join(p.text if isinstance(p, TextPart) else (p.transcript or "") for p in self.parts).strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Persona:
+    """Who a simulated user is, and what that user wants of the whole dialogue; in words, for a language model."""
+
+    persona: str
+    goal: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +153,7 @@ class PromptRecord:
         sources: names of the reward sources that judge it; empty for all. So verifier, rubric and preference records
             share a batch.
         keep: what of its sounds augmentation must not change, because an answer depends on it (e.g. "rate").
+        user: who improvises the messages that say so.
     """
 
     id: str
@@ -152,6 +163,7 @@ class PromptRecord:
     license: str | None = None
     sources: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
+    user: Persona | None = None
 
 
 # ---- what was played ----------------------------------------------------------------------------------------------
@@ -192,6 +204,24 @@ class ClipSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class Spoken:
+    """What a simulated user said before a turn, in place of an `improvise` message.
+
+    Attributes:
+        sha256: the sound, a clip of the run's store.
+        text: its words, disfluencies included.
+        voice: who spoke.
+        heard: the user broke in: all that was heard of the reply before, which ends there for the rest of the dialogue.
+            None where the user let the policy finish.
+    """
+
+    sha256: str
+    text: str
+    voice: str | None = None
+    heard: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One assistant turn as it was sampled: exactly these ids are trained on, nothing is tokenised twice.
 
@@ -206,6 +236,7 @@ class Turn:
         reply: text after `</think>` without the end of turn; empty when the reasoning was never closed.
         finish_reason: "stop" when the end-of-turn id was sampled, "length" when the budget ended first.
         generate_s: wall seconds from request to last token.
+        spoken: what it answers, where the user improvised; None where the record holds it.
     """
 
     index: int
@@ -218,6 +249,7 @@ class Turn:
     reply: str
     finish_reason: FinishReason
     generate_s: float = 0.0
+    spoken: Spoken | None = None
 
     @property
     def parsable(self) -> bool:

@@ -21,7 +21,7 @@ from rlaudio.aio import all_or_first_error
 from rlaudio.audio.store import ClipStore
 from rlaudio.config import RunConfig, SourceSettings
 from rlaudio.data.augmentation import Augmenter
-from rlaudio.dialogue.users import played_turns, user_message
+from rlaudio.dialogue.users import as_said, played_turns, user_message
 from rlaudio.engines.base import Engine
 from rlaudio.errors import ConfigError, JudgeError, SpoolError, VerdictTimeoutError
 from rlaudio.evals.summary import DialogueResult, RewardPart, TurnResult
@@ -226,7 +226,7 @@ class RewardWorker:
         correct = correct_turns(judgments)
 
         def of_turn(sibling: int, turn: Turn) -> TurnResult:
-            message, place = user_message(record, turn.index), (sibling, turn.index)
+            message, place = user_message(as_said(record, (turn,)), turn.index), (sibling, turn.index)
             return TurnResult(
                 turn=turn.index,
                 correct=correct.get(place, False),

@@ -7,6 +7,7 @@ from typing import Any, Protocol, cast
 import pyarrow as pa
 
 from rlaudio.actors.serving import ping_engine, policy_sampling, start_engine
+from rlaudio.actors.user_services import RunningUserServices, start_user_services
 from rlaudio.audio.encoded import EncodeOnce, GroupEars
 from rlaudio.audio.store import ClipStore
 from rlaudio.config import RunConfig
@@ -102,6 +103,7 @@ class RolloutWorker:
         self._player: DialoguePlayer | None = None
         self._encoder: EncodeOnce | None = None
         self._receiver: WeightReceiver | None = None
+        self._users: RunningUserServices | None = None
 
     async def start(self, version: WeightVersion) -> None:
         config = self._config
@@ -121,8 +123,9 @@ class RolloutWorker:
             start_deadline_s=config.rollout.start_deadline_s,
         )
         self._receiver = WeightReceiver(self._engine, keeps_base=config.sync.delta)
-        user: User = load_object(config.dialogue.user)()
         clips = ClipStore(config.data.clips)
+        self._users = await start_user_services(config, clips=clips, on_gpu=self._on_gpu)
+        user: User = load_object(config.dialogue.user)(self._users.lent, **config.dialogue.user_options)
         self._augmenter = Augmenter(config.data.augment, clips, seed=config.run.seed)
         self._player = DialoguePlayer(
             engine=self._engine,
@@ -173,6 +176,8 @@ class RolloutWorker:
         """Answers when this actor's event loop turns and its engine comes round. Raises EngineError: it does not."""
         if self._engine is not None:
             await ping_engine(self._engine)
+        if self._users is not None and self._users.engine is not None:
+            await ping_engine(self._users.engine)
 
     async def probe(self, probe: RolloutProbe, *payload: Any) -> Any:
         """Run a probe here; `payload` is what Ray fetched for it."""
@@ -180,6 +185,8 @@ class RolloutWorker:
         return await probe.run(ServingParts(self._config, self._family, self._engine, self._encoder), *payload)
 
     async def close(self) -> None:
+        if self._users is not None:
+            await self._users.close()
         if self._engine is not None:
             await self._engine.close()
 

@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import cast
 
-from rlaudio.types import AudioPart, Choice, Constraint, Message, Part, PromptRecord, Role, RubricItem, TextPart
+from rlaudio.types import (
+    AudioPart,
+    Choice,
+    Constraint,
+    Message,
+    Part,
+    Persona,
+    PromptRecord,
+    Role,
+    RubricItem,
+    TextPart,
+)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ROLES = ("system", "user", "assistant")
@@ -39,9 +50,8 @@ def parse_record(line: object, *, complete: bool | None) -> PromptRecord | list[
         complete: True wants a whole dialogue that ends with the assistant, False one to be played, None either.
     """
     bad: list[BadField] = []
-    fields = _Fields(
-        line, "record", bad, allowed=("id", "task", "axis", "license", "sources", "keep", "messages"), top=True
-    )
+    allowed = ("id", "task", "axis", "license", "sources", "keep", "user", "messages")
+    fields = _Fields(line, "record", bad, allowed=allowed, top=True)
     record = PromptRecord(
         id=fields.text("id"),
         task=fields.text("task"),
@@ -50,7 +60,9 @@ def parse_record(line: object, *, complete: bool | None) -> PromptRecord | list[
         license=fields.optional_text("license"),
         sources=_sources(fields),
         keep=_keep(fields),
+        user=_persona(fields),
     )
+    _check_improvised(record, bad)
     roles = [message.role for message in record.messages]
     if roles and all(role in _ROLES for role in roles):
         if "user" not in roles:
@@ -152,8 +164,38 @@ def _keep(fields: _Fields) -> tuple[str, ...]:
     return tuple(cast(list[str], names))
 
 
+def _persona(fields: _Fields) -> Persona | None:
+    if fields.get("user") is None:
+        return None
+    found = _Fields(fields.get("user"), "user", fields.bad, allowed=("persona", "goal"))
+    return Persona(found.text("persona"), found.text("goal"))
+
+
+def _check_improvised(record: PromptRecord, bad: list[BadField]) -> None:
+    improvised = [index for index, message in enumerate(record.messages) if message.improvise]
+    for index in improvised:
+        at, message = f"messages[{index}]", record.messages[index]
+        if message.role != "user":
+            bad.append(BadField(f"{at}.improvise", True, "only users improvise; remove it"))
+            continue
+        if any(isinstance(part, AudioPart) for part in message.parts):
+            bad.append(BadField(f"{at}.content", "audio", "give as text what to bring up, or remove improvise"))
+        if message.reference_response is not None:
+            fix = "nobody knows the words yet that it would answer; remove it"
+            bad.append(BadField(f"{at}.reference_response", message.reference_response, fix))
+        following = record.messages[index + 1 : index + 2]
+        if following and following[0].role == "assistant":
+            fix = "a given reply cannot answer words that nobody knows yet; remove the reply, or improvise"
+            bad.append(BadField(f"{at}.improvise", True, fix))
+    if improvised and record.user is None:
+        fix = 'say who improvises: {"persona": ..., "goal": ...}'
+        bad.append(BadField("user", None, fix))
+    if record.user is not None and not improvised:
+        bad.append(BadField("user", record.user.goal, "no message is to be improvised; mark some, or remove it"))
+
+
 def _message(value: object, at: str, bad: list[BadField]) -> Message:
-    fields = _Fields(value, at, bad, allowed=("role", "content", "title", "thinking", *_CHECKS))
+    fields = _Fields(value, at, bad, allowed=("role", "content", "title", "thinking", "improvise", *_CHECKS))
     role = fields.text("role")
     if role and role not in _ROLES:
         fields.refuse("role", f"use one of {', '.join(_ROLES)}")
@@ -179,6 +221,7 @@ def _message(value: object, at: str, bad: list[BadField]) -> Message:
         thinking=fields.optional_text("thinking", allow_empty=True),
         title=fields.optional_text("title"),
         choices=choices,
+        improvise=fields.flag("improvise"),
     )
 
 

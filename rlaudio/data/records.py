@@ -1,11 +1,12 @@
 """Prompt records as JSON lines: read with every problem named at once, written so that they read back equal.
 
 One object per line: `id`, `task`, `axis`?, `license`?, `sources`? `[reward source]`, `keep`? `[what augmentation must
-not change]`, `messages[]`. A message is `role`, `content[]` of `{"audio": uri, "sha256", "sample_rate", "transcript"?,
-"voice"?, "language"?}` or `{"text": ...}`, and on user messages `answer`?, `choices`? `{letter: text}`, `constraints`?
-`[{kind, value, persists?}]`, `reference_response`?, `rubric`? `[{text, weight?, critical?}]`; on assistant messages
-`thinking`?; on any `title`?, see `types.Message`. Sound URIs are relative to the data root (the folder of the clip
-store).
+not change]`, `user`? `{persona, goal}` of a simulated user, `messages[]`. A message is `role`, `content[]` of
+`{"audio": uri, "sha256", "sample_rate", "transcript"?, "voice"?, "language"?}` or `{"text": ...}`, and on user messages
+`answer`?, `choices`? `{letter: text}`, `constraints`? `[{kind, value, persists?}]`, `reference_response`?, `rubric`?
+`[{text, weight?, critical?}]`, `improvise`? (its text says what to bring up, the words are the simulated user's); on
+assistant messages `thinking`?; on any `title`?, see `types.Message`. Sound URIs are relative to the data root (the
+folder of the clip store).
 """
 
 from __future__ import annotations
@@ -186,6 +187,8 @@ def record_to_json(record: PromptRecord) -> dict[str, object]:
         line["sources"] = list(record.sources)
     if record.keep:
         line["keep"] = list(record.keep)
+    if record.user is not None:
+        line["user"] = {"persona": record.user.persona, "goal": record.user.goal}
     line["messages"] = [_message_to_json(message) for message in record.messages]
     return line
 
@@ -196,6 +199,8 @@ def _message_to_json(message: Message) -> dict[str, object]:
         line["title"] = message.title
     if message.thinking is not None:
         line["thinking"] = message.thinking
+    if message.improvise:
+        line["improvise"] = True
     if message.answer is not None:
         line["answer"] = message.answer
     if message.choices:

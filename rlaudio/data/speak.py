@@ -34,8 +34,8 @@ class Spoken:
     num_texts: int
 
 
-def voice_of(named: str) -> NamedVoice:
-    """The voice of `package.module:Class {option: value}`.
+def voice_of(named: str, *, place: str = "--voice") -> NamedVoice:
+    """The voice of `package.module:Class {option: value}`; errors call it by its `place`.
 
     Raises:
         ConfigError: there is no such class, or it does not take these options.
@@ -44,14 +44,14 @@ def voice_of(named: str) -> NamedVoice:
     try:
         options = yaml.safe_load(text) if text.strip() else {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"--voice {named!r}: its options are no YAML ({error}); write {{voice: en-us}}") from error
+        raise ConfigError(f"{place} {named!r}: its options are no YAML ({error}); write {{voice: en-us}}") from error
     if not isinstance(options, dict):
-        raise ConfigError(f"--voice {named!r}: its options are {options!r}; write them as {{voice: en-us}}")
+        raise ConfigError(f"{place} {named!r}: its options are {options!r}; write them as {{voice: en-us}}")
     made = load_object(name)
     try:
         voice: Voice = made(**options)
     except TypeError as error:
-        raise ConfigError(f"--voice {named!r}: {name} cannot be built ({error}); correct its options") from error
+        raise ConfigError(f"{place} {named!r}: {name} cannot be built ({error}); correct its options") from error
     return NamedVoice(" ".join(str(value) for value in options.values()) or name.rpartition(":")[2], voice)
 
 
@@ -64,7 +64,8 @@ def speak_records(
     language: str | None,
     progressed: Callable[[int], None],
 ) -> Spoken:
-    """Write `out/records.jsonl` and its clips. A user's message that holds a sound already stays as it is.
+    """Write `out/records.jsonl` and its clips. A user's message that holds a sound already, or that a simulated
+    user will find words for, stays as it is.
 
     Args:
         voices: at least one; a record's texts are all said by the one that (seed, its id) choose.
@@ -97,7 +98,7 @@ def speak_records(
 
 
 def _message(message: Message, voice: NamedVoice, store: ClipStore, *, language: str | None) -> Message:
-    if message.role != "user" or any(isinstance(part, AudioPart) for part in message.parts):
+    if message.role != "user" or message.improvise or any(isinstance(part, AudioPart) for part in message.parts):
         return message
     clip = store.put(voice.voice.speak(message.text))
     part: Part = AudioPart(store.uri(clip.sha256), clip.sha256, SAMPLE_RATE_HZ, message.text, voice.name, language)

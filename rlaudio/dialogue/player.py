@@ -98,7 +98,14 @@ class DialoguePlayer:
         clips = _SilentClips() if spec.silence else self._clips
         sounds: dict[str, AudioClip] = {}
         turns: list[Turn] = []
-        while len(turns) < self._settings.max_turns and (move := self._user.move(record, turns)) is not None:
+        while len(turns) < self._settings.max_turns:
+            move = await self._move(record, spec, sibling=sibling, played=turns)
+            if move is None:
+                break
+            if move.spoken is not None and move.spoken.heard is not None:
+                # Kept is what the ids allow; later turns and judges are told the same.
+                left = context.break_in(move.spoken.heard)
+                move = replace(move, spoken=replace(move.spoken, heard=left))
             for message in move.messages:
                 add_message(context, message, family=self._family, clips=clips)
             prompt = context.prompt()
@@ -111,6 +118,21 @@ class DialoguePlayer:
             if turn.thinking is None and self._settings.unclosed_thinking == "end":
                 break
         return Dialogue(record.id, spec.group, sibling, tuple(turns))
+
+    async def _move(
+        self, record: PromptRecord, spec: PlaySpec, *, sibling: int, played: Sequence[Turn]
+    ) -> UserMove | None:
+        # Siblings share their user. So do all evaluations: before and after the training the same person calls.
+        seed = spec.seed if spec.sampling.temperature > 0 else ""
+        limit_s = self._settings.seconds_per_turn
+        try:
+            return await asyncio.wait_for(self._user.move(record, played, seed=seed), limit_s)
+        except TimeoutError as error:
+            turn = played[-1].index + 1 if played else 0
+            raise TurnTimeoutError(
+                f"record {record.id!r}, sibling {sibling}, turn {turn}: the user said nothing within {limit_s:g} s; "
+                "raise dialogue.seconds_per_turn, or look at dialogue.user_model"
+            ) from error
 
     async def _play_turn(
         self,
@@ -152,6 +174,7 @@ class DialoguePlayer:
             reply=parsed.reply,
             finish_reason=generation.finish_reason,
             generate_s=generation.generate_s,
+            spoken=move.spoken,
         )
 
     def _require_room(self, prompt: Prompt, spec: PlaySpec, *, where: str) -> None:

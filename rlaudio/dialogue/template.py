@@ -60,6 +60,9 @@ class ChatTemplate:
     def text(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids)
+
     def sound(self, counts: Sequence[int], *, number: int) -> tuple[list[int], list[int]]:
         """The dialogue's `number`-th sound, of one piece per entry of `counts`.
 
@@ -79,6 +82,10 @@ class ChatTemplate:
     @property
     def turn_end(self) -> int:
         return self._ids.turn_end
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        return self._ids.stop
 
     @property
     def generation_header(self) -> list[int]:
@@ -116,6 +123,7 @@ class Context:
         self._ids: list[int] = []
         self._clips: list[ClipSpan] = []
         self._num_sounds = 0
+        self._reply = (0, 0)
 
     def open(self, role: Role, *, title: str | None = None) -> None:
         """Begin a message; a dialogue that does not begin with a system message gets the style's own first."""
@@ -154,7 +162,32 @@ class Context:
             if body and body[-1] == self.template.turn_end:
                 body.pop()
             self._ids.extend([*self.template.generation_header, *body])
+            tail = len(body) > 0 and body[-1] in self.template.stop  # another one than the end of turn
         else:
             self._ids.extend([*self.template.header("assistant"), *parsed.history_ids])
+            tail = False
+        end = len(self._ids) - tail
+        self._reply = (end - len(parsed.history_ids), end)
         self.close()
         return parsed
+
+    def break_in(self, heard: str) -> str:
+        """End the last response, to which nothing was added yet, where the user broke in.
+
+        Args:
+            heard: the beginning of its reply, whole words.
+
+        Returns:
+            What is left of the reply: `heard`, or less where an id spans the end of a word, which is then not kept.
+        """
+        start, end = self._reply
+        reply = self._ids[start:end]
+        kept, left = 0, ""
+        for length in range(1, len(reply) + 1):
+            text = self.template.decode(reply[:length]).strip()
+            whole = heard == text or (heard.startswith(text) and heard[len(text)].isspace())
+            if whole and len(text) > len(left):
+                kept, left = length, text
+        del self._ids[start + kept :]
+        self.close()
+        return left

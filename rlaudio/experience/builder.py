@@ -1,6 +1,7 @@
 """Dialogues into Arrow rows and back. Columns are written directly; nothing is rounded on the way."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 
 from rlaudio.errors import DataError
 from rlaudio.experience.schema import EXPERIENCE, SCHEMA_VERSION
-from rlaudio.types import ClipSpan, Dialogue, PromptRecord, RewardShare, Turn, VersionSpan, WeightVersion
+from rlaudio.types import ClipSpan, Dialogue, PromptRecord, RewardShare, Spoken, Turn, VersionSpan, WeightVersion
 
 
 def played_batch(record: PromptRecord, dialogues: Sequence[Dialogue]) -> pa.RecordBatch:
@@ -31,6 +32,7 @@ def played_batch(record: PromptRecord, dialogues: Sequence[Dialogue]) -> pa.Reco
         reply=[t.reply for _, t in rows],
         finish_reason=[t.finish_reason for _, t in rows],
         generate_s=[t.generate_s for _, t in rows],
+        spoken=[None if t.spoken is None else asdict(t.spoken) for _, t in rows],
     )
 
 
@@ -51,8 +53,9 @@ def make_batch(
     clip_targets: Sequence[Sequence[Sequence[int]]] | None = None,
     finish_reason: Sequence[str] | None = None,
     generate_s: Sequence[float] | None = None,
+    spoken: Sequence[dict[str, object] | None] | None = None,
 ) -> pa.RecordBatch:
-    """Columns of an `EXPERIENCE` batch; what is left out is empty (lists), "stop" or zero."""
+    """Columns of an `EXPERIENCE` batch; what is left out is empty (lists), "stop", null or zero."""
     count = len(prompt_id)
     empty: list[list[object]] = [[] for _ in range(count)]
     zeros = [0.0] * count
@@ -75,6 +78,7 @@ def make_batch(
         "finish_reason": finish_reason if finish_reason is not None else ["stop"] * count,
         "generate_s": generate_s if generate_s is not None else zeros,
         "judge_s": zeros,
+        "spoken": spoken if spoken is not None else [None] * count,
     }
     arrays = [
         column if isinstance(column := columns[field.name], pa.Array) else pa.array(column, type=field.type)
@@ -93,7 +97,7 @@ def read_dialogues(batch: pa.RecordBatch) -> list[Dialogue]:
     turns: dict[tuple[str, int, int], list[Turn]] = {}
     numeric = {name: _split(batch.column(name)) for name in ("prompt_ids", "response_ids", "logprobs")}
     names = ("prompt_id", "group", "sibling", "turn", "version_spans", "clips", "thinking", "reply", "finish_reason")
-    plain = {name: batch.column(name).to_pylist() for name in (*names, "generate_s")}
+    plain = {name: batch.column(name).to_pylist() for name in (*names, "generate_s", "spoken")}
     for row in range(batch.num_rows):
         key = (plain["prompt_id"][row], plain["group"][row], plain["sibling"][row])
         turns.setdefault(key, []).append(
@@ -111,6 +115,7 @@ def read_dialogues(batch: pa.RecordBatch) -> list[Dialogue]:
                 reply=plain["reply"][row],
                 finish_reason=plain["finish_reason"][row],
                 generate_s=plain["generate_s"][row],
+                spoken=None if plain["spoken"][row] is None else Spoken(**plain["spoken"][row]),
             )
         )
     return [Dialogue(prompt_id, group, sibling, tuple(played)) for (prompt_id, group, sibling), played in turns.items()]

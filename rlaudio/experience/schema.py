@@ -8,7 +8,7 @@ Sounds travel beside the rows, once per clip, as what the frozen encoder made of
 
 import pyarrow as pa
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 
 _version_span = pa.struct(
     [
@@ -20,6 +20,7 @@ _version_span = pa.struct(
     ]
 )
 _clip_span = pa.struct([("sha256", pa.string()), ("start", pa.int32()), ("end", pa.int32())])
+_spoken = pa.struct([("sha256", pa.string()), ("text", pa.string()), ("voice", pa.string()), ("heard", pa.string())])
 _reward = pa.struct(
     [
         ("source", pa.string()),
@@ -50,6 +51,7 @@ EXPERIENCE = pa.schema(
         ("finish_reason", pa.string()),
         ("generate_s", pa.float32()),
         ("judge_s", pa.float32()),
+        ("spoken", _spoken),  # what it answers, where a simulated user improvised; else null
     ],
     metadata={"rlaudio.schema": SCHEMA_VERSION},
 )

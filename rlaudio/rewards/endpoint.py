@@ -37,24 +37,31 @@ class ChatEndpoint:
 
     Args:
         environment: where the key is looked up; the process's own by default.
+        place: the settings' name, for messages.
 
     Raises:
         ConfigError: no model is named, or the variable that should hold the key is empty.
     """
 
-    def __init__(self, settings: EndpointSettings, *, environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self,
+        settings: EndpointSettings,
+        *,
+        environment: Mapping[str, str] = os.environ,
+        place: str = "rewards.judge_model.endpoint",
+    ) -> None:
         if not settings.model:
-            raise ConfigError("rewards.judge_model.endpoint.model is empty: name the model as the endpoint knows it")
+            raise ConfigError(f"{place}.model is empty: name the model as the endpoint knows it")
         key = environment.get(settings.key_env, "") if settings.key_env else ""
         if settings.key_env and not key:
             raise ConfigError(
-                f"the judge's endpoint needs a key, and {settings.key_env} is not set where the reward actor runs: set "
-                "it on every node, or rewards.judge_model.endpoint.key_env='' for an endpoint without one"
+                f"{place} needs a key, and {settings.key_env} is not set where the actor runs: set it on every node, "
+                f"or {place}.key_env='' for an endpoint without one"
             )
         import openai  # takes seconds to import, and only runs with an endpoint need it
 
         self._openai = openai
-        self._settings, self._key = settings, key
+        self._settings, self._key, self._place = settings, key, place
         self._client = openai.AsyncOpenAI(
             base_url=settings.url, api_key=key or "none", max_retries=0, timeout=settings.timeout_s
         )
@@ -78,8 +85,7 @@ class ChatEndpoint:
             told: Exception = EngineError(f"{self.name} refuses the key: {self._reason(error)}; correct it")
         except (self._openai.APIConnectionError, TimeoutError) as error:
             told = EngineError(
-                f"{self.name} cannot be reached ({self._reason(error)}): start it, or correct "
-                "rewards.judge_model.endpoint.url"
+                f"{self.name} cannot be reached ({self._reason(error)}): start it, or correct {self._place}.url"
             )
         except (self._openai.OpenAIError, ValueError):
             return  # an answer of some kind
@@ -160,7 +166,7 @@ class ChatEndpoint:
         status = error.status_code
         said = f"{self.name} answered {status}: {self._reason(error)}"
         if status in _HOPELESS:
-            return EngineDeadError(f"{said}; correct rewards.judge_model.endpoint, or its key")
+            return EngineDeadError(f"{said}; correct {self._place}, or its key")
         return EngineError(said)
 
     def _pause_s(self, attempt: int) -> float:

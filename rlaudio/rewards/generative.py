@@ -11,7 +11,7 @@ from typing import Any
 
 from rlaudio.aio import all_or_first_error
 from rlaudio.config import RewardSettings
-from rlaudio.dialogue.users import played_turns, user_message
+from rlaudio.dialogue.users import as_said, heard_replies, played_turns, user_message
 from rlaudio.errors import (
     AudioError,
     ConfigError,
@@ -376,8 +376,10 @@ def _made_references(services: JudgeServices, kind: str, *, source: str, cache_s
 
 
 def said_before(record: PromptRecord, dialogue: Dialogue, *, turn: int) -> tuple[Said, ...]:
-    """What was said up to user message `turn`, that one included: scripted words, given replies and played replies."""
-    replies = {played.index: played.reply for played in dialogue.turns}
+    """What was said up to user message `turn`, that one included: the user's words, given replies and, as far
+    as the user heard them, played replies.
+    """
+    record, replies = as_said(record, dialogue.turns), heard_replies(dialogue.turns)
     said: list[Said] = []
     index = -1
     for position, message in enumerate(record.messages):

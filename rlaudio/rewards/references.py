@@ -52,11 +52,14 @@ class SiblingReferences:
     So n siblings cost n comparisons, and every reply is once the response and once the reference. A sibling whose turn
     has no reply is passed over for the one after it; where no other sibling has one, the reference is "". Judged is the
     history of sibling i, its own earlier replies in it. One dialogue alone (an evaluation) has nobody to be compared
-    with and is not judged.
+    with and is not judged, nor is a turn at which a simulated user told the siblings different things.
     """
 
     def has(self, record: PromptRecord, dialogues: Sequence[Dialogue], turn: int) -> bool:
-        return len(dialogues) > 1
+        asked = {
+            one.spoken and one.spoken.text for dialogue in dialogues for one in dialogue.turns if one.index == turn
+        }
+        return len(dialogues) > 1 and len(asked) <= 1
 
     async def text(self, record: PromptRecord, dialogues: Sequence[Dialogue], *, dialogue: Dialogue, turn: Turn) -> str:
         circle = sorted(dialogues, key=lambda one: one.sibling)

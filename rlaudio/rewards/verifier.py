@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from rlaudio.dialogue.users import played_turns
+from rlaudio.dialogue.users import as_said, played_turns
 from rlaudio.errors import AudioError, ConfigError, DataError, JudgeError
 from rlaudio.rewards.base import Failure, JudgeServices, Scores
 from rlaudio.types import Dialogue, Judgment, PromptRecord, Turn
@@ -64,12 +64,13 @@ class Verifier:
         judgments: list[Judgment] = []
         failures: list[Failure] = []
         for dialogue in dialogues:
+            said = as_said(record, dialogue.turns)
             for turn in dialogue.turns:
                 if turn.index not in turns:
                     continue
                 place = (dialogue.sibling, turn.index)
                 try:
-                    found = await asyncio.to_thread(self.check, record, turn) if self.slow else self.check(record, turn)
+                    found = await asyncio.to_thread(self.check, said, turn) if self.slow else self.check(said, turn)
                     judgments.append(Judgment(self.name, *place, found.value, dict(found.detail)))
                 except (AudioError, JudgeError) as error:
                     failures.append(Failure(self.name, *place, str(error)))

@@ -243,7 +243,12 @@ def objects(override: str) -> str:
         ("rewards.sources[0].judge=config_checks_code:NeedsMore", r"sources\[0\].judge: .*'threshold'"),
         ("rewards.sources[0].judge=config_checks_code:text", "a str: name a class"),
         ("rewards.sources[0].judge=config_checks_code:Gone", "Gone"),
-        ("dialogue.user=rlaudio.rewards.verified:VerifiedReward", "dialogue.user: .* cannot be built"),
+        ("dialogue.user=rlaudio.rewards.verified:VerifiedReward", "dialogue.user is .* has no `move`"),
+        ("dialogue.user=rlaudio.dialogue.player:DialoguePlayer", "dialogue.user: .* cannot be built"),
+        (
+            "dialogue.user=rlaudio.dialogue.simulated:SimulatedUser",
+            "dialogue.user: .* cannot be built .*'voices'.* see dialogue.user_options",
+        ),
         ("model.options={sise: 1}", "model.options.sise is not an option"),
         ("rewards.judge_model.family=no.such:Family", "rewards.judge_model.family: .*no module"),
         ("algorithm.name=config_checks_code:Gone", "algorithm.name: .*Gone"),
