@@ -15,10 +15,11 @@ def write_heldout(path: Path, *, seed: int = 99, num: int = 300) -> None:
     phase = JUDGE_PHASES[-1]
     pairs = judge_pairs(seed=seed, num=num, items=phase.items, plain=phase.plain, heldout=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in _lines(pairs)))
+    write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in pair_lines(pairs)))
 
 
-def _lines(pairs: Iterator[JudgePair]) -> Iterator[dict[str, object]]:
+def pair_lines(pairs: Iterator[JudgePair]) -> Iterator[dict[str, object]]:
+    """Lines of a preference file, as the reward-model recipe reads them."""
     for number, pair in enumerate(pairs):
         shown = pair.comparison
         items = shown.criterion.split("\n") if shown.criterion else []

@@ -16,7 +16,7 @@ from rlaudio.data.records import read_records, write_records
 from rlaudio.runs import write_text_atomic
 from rlaudio.types import Message, PromptRecord, TextPart
 from spoken_world.building import fresh
-from spoken_world.heldout import _lines, write_heldout
+from spoken_world.heldout import pair_lines, write_heldout
 from spoken_world.judging import JUDGE_PHASES, judge_pairs
 from spoken_world.make import WorldConfig, make_world
 from spoken_world.vocabulary import WORDS
@@ -55,7 +55,7 @@ def write_pairs(path: Path, *, seed: int, num: int) -> None:
     """Comparisons as in the judge's last phase, with what it shall write in both orders; no held-out one among them."""
     phase = JUDGE_PHASES[-1]
     pairs = judge_pairs(seed=seed, num=num, items=0.4, plain=phase.plain)
-    lines = ({**line, "id": f"pair-{number}"} for number, line in enumerate(_lines(pairs)))
+    lines = ({**line, "id": f"pair-{number}"} for number, line in enumerate(pair_lines(pairs)))
     write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
