@@ -48,7 +48,7 @@ format: setup ## rewrite the sources as `make check` wants them
 soak: setup ## long runs with faults, or to learn; CELL=name picks one
 	@$(BIN)/python -m pytest tests -m soak -k "$(CELL)" --timeout=0
 
-chaos: setup ## kill every role in every phase, then 105 faults; goes on when started again; CELL=name
+chaos: setup ## kill every role in every phase, once each with real engines, then 105 faults; goes on when started again; CELL=name
 	@$(BIN)/python -m tests.chaos --cell "$(CELL)"
 
 clean: ## remove caches and build leftovers; runs, data and .venv stay

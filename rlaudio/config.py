@@ -340,7 +340,7 @@ class LearnerSettings:
     step_deadline_s: float = 600.0
     start_deadline_s: float = 300.0
     # Of the ranks, all together, when one is lost: from the last checkpoint. So often without a new checkpoint in
-    #   between, then the run ends. 0: at the first loss
+    #   between, then the run ends. 0: at the first loss. Before each there is a pause as of any actor: `supervision`
     max_restarts: int = 3
     # Of ranks that go on when a restart finds no room for all within start_deadline_s. 0: all or none
     least_ranks: int = 0
@@ -367,7 +367,7 @@ class SupervisionSettings:
     # Of one place within window_s: one loss more and the place is given up. 0: nobody is started again
     max_restarts: int = 5
     window_s: float = 900.0
-    first_pause_s: float = 1.0  # before the first restart, doubled with every loss up to longest_pause_s
+    first_pause_s: float = 1.0  # before the first restart, of ranks too, doubled with every loss up to longest_pause_s
     longest_pause_s: float = 60.0
     place_deadline_s: float = 1800.0  # for Ray to find room for an actor, nodes that an autoscaler adds included
     drain_deadline_s: float = 120.0  # for an actor that leaves to end what it plays; other actors play the rest

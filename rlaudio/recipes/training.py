@@ -1,15 +1,18 @@
 """Training to its end: through the loss of learner ranks, and saved where it stands when it ends early.
 
-Engines and judges outlive the learner's ranks. When a rank is lost, all ranks end, and as many start again; ledger and
+Engines and judges outlive the learner's ranks. When a rank is lost, all ranks end, and as many start again, after a
+pause that doubles with every loss without a new checkpoint (`supervision.first_pause_s`, `longest_pause_s`); ledger and
 prompts go back to the last checkpoint, and so do the weights, in a new incarnation, which the engines get as they get
 any others. What was played and not trained on is used where it is fresh enough, as after `--resume`.
 """
 
 import asyncio
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from rlaudio.actors.supervisor import pause_before_restart
 from rlaudio.aio import first_error
 from rlaudio.config import RunConfig
 from rlaudio.errors import LearnerError, RanksLostError, RlaudioError, WeightSyncError
@@ -31,7 +34,7 @@ async def train_through_losses(
     progress: Progress,
     went_back: Callable[[int], None],
 ) -> None:
-    """Train, and export the policy to the run's `model/`. Ranks that are lost meanwhile start again.
+    """Train, and export the policy to the run's `model/`. Ranks that are lost meanwhile start again, after a pause.
 
     Args:
         went_back: hears of the step that training goes on from after a loss.
@@ -40,10 +43,13 @@ async def train_through_losses(
         RanksLostError: once more than `learner.max_restarts` times without a new checkpoint in between.
         As `train_and_keep`.
     """
-    num_losses, goes_on = 0, True
+    num_losses, pause_s, goes_on = 0, 0.0, True
+    jitter = random.Random(f"learner/{config.run.seed}")
     while goes_on:
         try:
             if num_losses:
+                await parts.learner.stop()  # what is left of them has nothing to wait for
+                await asyncio.sleep(pause_s)
                 parts = await _come_back(config, parts, memory)
             await train_and_keep(config, parts, first_step=memory.step, progress=progress)
             await parts.learner.export(folder.path / "model")
@@ -56,7 +62,11 @@ async def train_through_losses(
                     f"{error}; the ranks were started again {limit} times (learner.max_restarts) without a new "
                     "checkpoint: look at their logs, and go on with --resume, with other learner.ranks if need be"
                 ) from error
-            progress.say(f"{error}; the ranks start again, {num_losses} of {limit} times without a new checkpoint")
+            pause_s = pause_before_restart(num_losses, config.supervision, chance=jitter.random())
+            progress.say(
+                f"{error}; the ranks start again in {pause_s:.1f} s, {num_losses} of {limit} times without a new "
+                "checkpoint"
+            )
             memory = gone_back(memory, config, folder=folder, told=progress.say)
             went_back(memory.step)
 

@@ -13,10 +13,24 @@ from pathlib import Path
 
 from tests.chaos.cells import NUM_SOAKS, ROOT, Cell, ChaosError, Outcome, matrix, run_cell, short, soak
 from tests.chaos.nodes import cluster_of_nodes
+from tests.chaos.real import RealCell, real, run_real
 
 KEPT = ROOT / "runs" / "chaos"
 BUDGET_S = 33 * 60.0
 """Cells that would begin after it are named as not run; the next `make chaos` goes on with them."""
+
+SECTION, REAL_SECTION = "Any plug pulled (`make chaos`)", "Any plug pulled, with vLLM and DeepSpeed (`make chaos`)"
+ABOUT = (
+    "kill -9 of a role in a phase, on a cluster of a head and two nodes on one machine. Real Ray, pools, "
+    "judge, ledger, spool, transport, checkpoints; fake engines, ranks without a model. In every row "
+    "`rlaudio audit` added up after each life of the driver, and the weights have seen each group that the ledger "
+    "calls trained exactly once."
+)
+REAL_ABOUT = (
+    "One kill -9 per role in `rlaudio train` itself, on a head and two nodes on one machine: the quickstart's policy, "
+    "sounds and rewards at 6 steps, vLLM in the engine's process, two DeepSpeed ranks. In every row `rlaudio audit` "
+    "added up, and `rlaudio replay` of what the ledger calls trained made the run's weights again."
+)
 
 
 def main() -> int:
@@ -24,10 +38,10 @@ def main() -> int:
     parser.add_argument("--cell", default="", help="only cells whose name has this in it")
     parser.add_argument("--short", action="store_true", help="one run with a fault per role, and nothing is kept")
     arguments = parser.parse_args()
-    cells = (
+    cells: list[Cell | RealCell] = (
         [short()]
         if arguments.short
-        else [cell for cell in [*matrix(), *map(soak, range(NUM_SOAKS))] if arguments.cell in cell.name]
+        else [cell for cell in [*matrix(), *real(), *map(soak, range(NUM_SOAKS))] if arguments.cell in cell.name]
     )
     todo = [cell for cell in cells if arguments.short or not _kept(cell).is_file()]
     print(f"{len(cells)} cells, {len(cells) - len(todo)} passed before and are kept in {KEPT}", flush=True)
@@ -38,7 +52,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _run(cells: list[Cell], *, keep: bool) -> list[str]:
+def _run(cells: list[Cell | RealCell], *, keep: bool) -> list[str]:
     """Run them in one cluster; a line for each that failed or did not run."""
     failed, began_s = [], time.monotonic()
     work = Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -50,7 +64,10 @@ def _run(cells: list[Cell], *, keep: bool) -> list[str]:
                     continue
                 folder = work / cell.name
                 try:
-                    outcome = run_cell(cell, nodes, folder=folder)
+                    if isinstance(cell, RealCell):
+                        outcome = run_real(cell, nodes, folder=folder)
+                    else:
+                        outcome = run_cell(cell, nodes, folder=folder)
                 except ChaosError as error:
                     failed.append(f"FAILED: {error}")
                     print(f"{cell.name} FAILED", flush=True)
@@ -72,11 +89,11 @@ def _line(one: Outcome) -> str:
     )
 
 
-def _kept(cell: Cell) -> Path:
+def _kept(cell: Cell | RealCell) -> Path:
     return KEPT / f"{cell.name}.json"
 
 
-def _keep(cell: Cell, outcome: Outcome) -> None:
+def _keep(cell: Cell | RealCell, outcome: Outcome) -> None:
     from tests.soak.learning import add_row
 
     KEPT.mkdir(parents=True, exist_ok=True)
@@ -84,11 +101,8 @@ def _keep(cell: Cell, outcome: Outcome) -> None:
     columns = ["date", "cell", "faults", "drivers", "incarnations", "groups", "trained", "dropped", "reissued"]
     add_row(
         ROOT / "bench" / "RESULTS.md",
-        section="Any plug pulled (`make chaos`)",
-        about="kill -9 of a role in a phase, on a cluster of a head and two nodes on one machine. Real Ray, pools, "
-        "judge, ledger, spool, transport, checkpoints; fake engines, ranks without a model. In every row "
-        "`rlaudio audit` added up after each life of the driver, and the weights have seen each group that the ledger "
-        "calls trained exactly once.",
+        section=REAL_SECTION if isinstance(cell, RealCell) else SECTION,
+        about=REAL_ABOUT if isinstance(cell, RealCell) else ABOUT,
         columns=[*columns, "undone", "audits", "s"],
         row=[
             f"{date.today().isoformat()}, {os.cpu_count()} cores",

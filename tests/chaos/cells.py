@@ -125,15 +125,15 @@ def run_cell(cell: Cell, nodes: Nodes, *, folder: Path) -> Outcome:
         struck = [json.loads(line) for line in life.struck.read_text().splitlines()] if life.struck.exists() else []
         killed = Counter(fault["role"] for fault in struck)["driver"]
         if run:
-            _audited(Path(run), log=folder / "audits.log")
+            audited(Path(run), log=folder / "audits.log")
         if code == 0 and said:
             break
         if code != -SIGKILL or killed != lives:
-            tail = "\n".join((folder / "driver.log").read_text().splitlines()[-25:])
+            tail = tail_of(folder / "driver.log")
             raise ChaosError(f"{cell.name}: life {lives} ended with {code}, {killed} drivers were killed\n{tail}")
     if len(struck) != len(cell.faults):
         raise ChaosError(f"{cell.name}: {len(struck)} of {len(cell.faults)} faults struck before the run ended")
-    sums = _audited(Path(run), log=folder / "audits.log")
+    sums = audited(Path(run), log=folder / "audits.log")
     _require_whole(cell, Path(run), sums)
     return Outcome(
         cell=cell.name,
@@ -181,7 +181,12 @@ def _live(life: Life, nodes: Nodes, *, log: Path) -> tuple[int, bool]:
                 process.kill()
 
 
-def _audited(run: Path, *, log: Path) -> LedgerSums:
+def tail_of(log: Path) -> str:
+    """Its last lines."""
+    return "\n".join(log.read_text().splitlines()[-25:])
+
+
+def audited(run: Path, *, log: Path) -> LedgerSums:
     """`rlaudio audit RUN` must find nothing, and so must the same sums here."""
     out = io.StringIO()
     with redirect_stdout(out):

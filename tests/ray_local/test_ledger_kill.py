@@ -16,23 +16,26 @@ from rlaudio.experience.audit import LedgerSums, audit
 from tests.ray_local.ledger_world import PER_STEP, RAY_IS_UP, STEPS
 
 KILLS, ATTEMPTS = 3, 5
+PATIENCE = {"RAY_raylet_start_wait_time_s": "60", "RAY_gcs_server_request_timeout_seconds": "200"}
 
 
 def drive(root: Path, run: Path | None, *, kill_after: int | None, log: Path) -> int:
     """One life of the run; killed some moments after so many steps of it. Its exit code.
 
-    Ray 2.60 gives a node 30 s to come up: on a machine too busy for that the life has not begun, and is begun again.
+    Ray 2.60 gives a node 30 s to come up, here 60 s: on a machine too busy for that the life has not begun, and is
+    begun again; why is printed.
     """
     for _ in range(ATTEMPTS):
         lines, code = _drive(root, run, kill_after=kill_after, log=log)
         if f"{RAY_IS_UP}\n" in lines:
             return code
+        print(f"Ray did not come up, {code}: " + "\n".join(log.read_text().splitlines()[-5:]))
     pytest.fail(f"Ray did not come up {ATTEMPTS} times: {log.read_text()}")
 
 
 def _drive(root: Path, run: Path | None, *, kill_after: int | None, log: Path) -> tuple[list[str], int]:
     command = [sys.executable, "-m", "tests.ray_local.ledger_world", str(root), *([str(run)] if run else [])]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | PATIENCE
     lines: list[str] = []
     with log.open("a") as errors:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)

@@ -8,8 +8,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from rlaudio.actors.reward import RewardWorker
+from rlaudio.actors.rollout import RolloutWorker
+from rlaudio.learner.rank_actor import RankActor
 from tests.chaos.cells import NUM_SOAKS, matrix, short, soak
 from tests.chaos.faults import PHASES, ROLES, Fault, Saboteur, alive
+from tests.chaos.real import real
 
 
 def test_every_role_is_killed_in_every_phase() -> None:
@@ -35,6 +39,15 @@ def test_the_soak_has_a_hundred_faults_of_all_kinds_and_the_same_ones_again() ->
 
 def test_the_short_form_kills_each_role_once() -> None:
     assert Counter(fault.role for fault in short().faults) == Counter(ROLES)
+
+
+def test_the_real_parts_lose_each_role_once_in_the_middle_of_something_that_they_do() -> None:
+    assert Counter(cell.role for cell in real()) == Counter(ROLES)
+    assert len({cell.name for cell in [*real(), *matrix()]}) == len(ROLES) + 36
+    for cell in real():
+        actor, method = cell.doing.split(".")
+        (kind,) = (kind for kind in (RolloutWorker, RewardWorker, RankActor) if kind.__name__ == actor)
+        assert callable(getattr(kind, method)), "nobody would ever be seen at it"
 
 
 def sleeper() -> "subprocess.Popen[bytes]":

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from rlaudio.config import AlgorithmSettings, LearnerSettings, RunConfig, RunSettings
+from rlaudio.config import AlgorithmSettings, LearnerSettings, RunConfig, RunSettings, SupervisionSettings
 from rlaudio.config_checks import learner_problems
 from rlaudio.data.run_data import RunData
 from rlaudio.errors import LearnerError, RanksLostError, SpoolError, WeightSyncError
@@ -30,6 +31,7 @@ from rlaudio.types import Message, PromptRecord, TextPart, WeightVersion
 
 RECORDS = [PromptRecord(f"r{i}", "t", (Message("user", (TextPart("hi"),)),)) for i in range(7)]
 STEPS, PER_STEP, EVERY = 12, 2, 3
+QUICKLY = SupervisionSettings(first_pause_s=0.0, longest_pause_s=0.0)
 
 
 @dataclass
@@ -51,6 +53,8 @@ class World:
     lost: str = ""
     calls: int = 0
     restarts: int = 0
+    stops_s: list[float] = field(default_factory=list)
+    restarts_s: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     steps_done: int = 0
     exported: list[str] = field(default_factory=list)
@@ -136,8 +140,12 @@ class World:
     async def find_lost(self) -> str:
         return self.lost or "learner rank 1 died, sending" * (self.sends_well == 0)
 
+    async def stop(self) -> None:
+        self.stops_s.append(asyncio.get_running_loop().time())
+
     async def restart(self, version: WeightVersion, *, least_ranks: int) -> None:
         self.restarts += 1
+        self.restarts_s.append(asyncio.get_running_loop().time())
         self.lost, self.seen, self.version = "", [], version
         self.played, self.kept, self.sends_well = set(), set(), 10_000
         await self._work("start")
@@ -156,11 +164,19 @@ class World:
         self.steps_done = step
 
 
-def train_world(world: World, root: Path, *, max_restarts: int = 3, said: io.StringIO | None = None) -> LedgerSums:
+def train_world(
+    world: World,
+    root: Path,
+    *,
+    max_restarts: int = 3,
+    said: io.StringIO | None = None,
+    supervision: SupervisionSettings = QUICKLY,
+) -> LedgerSums:
     config = RunConfig(
         run=RunSettings(root=str(root), steps=STEPS, checkpoint_every=EVERY),
         algorithm=AlgorithmSettings(groups_per_step=PER_STEP, max_staleness=1, look_ahead=1),
         learner=LearnerSettings(max_restarts=max_restarts),
+        supervision=supervision,
     )
     here: Any = world
     progress = Progress(stream=said or io.StringIO())
@@ -223,6 +239,20 @@ def test_losses_with_new_checkpoints_in_between_do_not(tmp_path: Path) -> None:
     world = World(random.Random(0), fatal=[15, 15, 15])
     sums = train_world(world, tmp_path, max_restarts=1)
     assert world.restarts == 3 and sums.problems == ()
+
+
+def test_the_pause_before_ranks_start_again_doubles_until_there_is_a_new_checkpoint(tmp_path: Path) -> None:
+    said = io.StringIO()
+    world = World(random.Random(0), fatal=[2, 2, 2, 30])
+    patient = SupervisionSettings(first_pause_s=0.1, longest_pause_s=0.2)
+    sums = train_world(world, tmp_path, max_restarts=3, said=said, supervision=patient)
+    # The ranks end at once, and nobody comes back sooner: half of a pause is left to chance.
+    pauses_s = [restart_s - stop_s for stop_s, restart_s in zip(world.stops_s, world.restarts_s, strict=True)]
+    assert [pause_s >= least_s for pause_s, least_s in zip(pauses_s, (0.05, 0.1, 0.1, 0.05), strict=True)] == [True] * 4
+    told_s = [float(pause) for pause in re.findall(r"the ranks start again in (\d+\.\d) s", said.getvalue())]
+    assert len(told_s) == 4 and told_s[3] <= 0.1 <= told_s[1] <= 0.2, "the last one follows a new checkpoint"
+    assert re.findall(r"(\d) of 3 times without", said.getvalue()) == ["1", "2", "3", "1"]
+    assert sums.problems == () and sums.durable == STEPS * PER_STEP
 
 
 def test_none_are_started_again_where_none_shall_be(tmp_path: Path) -> None:
