@@ -30,6 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
         if name == "train":
             command.add_argument("--resume", metavar="RUN", help="go on with this run folder from its last checkpoint")
+        if name in ("train", "sft"):
+            command.add_argument(
+                "--tiny",
+                action="store_true",
+                help="the same recipe on a CPU in minutes: tiny checkpoints, few dialogues",
+            )
         if name == "submit":
             submit.add_arguments(command)
         if name == "cluster":
@@ -78,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "train":
             from rlaudio.cli.recipes import recipe_command
 
-            return recipe_command(arguments.config, arguments.overrides, resume=arguments.resume)
+            return recipe_command(arguments.config, arguments.overrides, resume=arguments.resume, tiny=arguments.tiny)
         if arguments.command == "judge":
             from rlaudio.cli.judge import judge_command
 
@@ -99,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return cluster.cluster_command(arguments)
         from rlaudio.cli.sft import sft_command
 
-        return sft_command(arguments.config, arguments.overrides)
+        return sft_command(arguments.config, arguments.overrides, tiny=arguments.tiny)
     except RlaudioError as error:
         print(masked(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return 2

@@ -5,22 +5,35 @@ from collections.abc import Sequence
 from rlaudio.config_loader import peek
 from rlaudio.errors import ConfigError
 
+TINY_RECIPES = ("rl", "sft", "reward_model")
+"""Recipes that `--tiny` knows how to shrink."""
+
 RECIPES = ("rl", "sft", "reward_model", "curate", "evaluate", "pipeline")
 
 
-def recipe_command(config_path: str, overrides: Sequence[str], *, resume: str | None) -> int:
+def recipe_command(config_path: str, overrides: Sequence[str], *, resume: str | None, tiny: bool = False) -> int:
     """Run what `recipe` names, "rl" where the file says nothing. Returns the exit code.
 
+    Args:
+        tiny: on a CPU in minutes, with tiny checkpoints and a few dialogues in place of the file's.
+
     Raises:
-        ConfigError: an unknown recipe.
+        ConfigError: an unknown recipe, or one that cannot be shrunk.
     """
     recipe = peek(config_path, "recipe", overrides, default="rl")
     if recipe not in RECIPES:
         raise ConfigError(f"{config_path}: recipe is {recipe!r}: set {', '.join(RECIPES)}, or leave it out for rl")
+    if tiny and resume:
+        raise ConfigError("--tiny and --resume: a tiny run's own config.yaml is tiny already, leave --tiny out")
+    if tiny and recipe not in TINY_RECIPES:
+        raise ConfigError(
+            f"{config_path}: --tiny cannot shrink recipe {recipe!r}, only {', '.join(TINY_RECIPES)}; of a pipeline "
+            "name the files of its stages"
+        )
     if recipe == "rl":
         from rlaudio.cli.train import train_command
 
-        return train_command(config_path, overrides, resume=resume)
+        return train_command(config_path, overrides, resume=resume, tiny=tiny)
     if recipe == "pipeline":
         from rlaudio.cli.pipeline import pipeline_command
 
@@ -36,7 +49,7 @@ def recipe_command(config_path: str, overrides: Sequence[str], *, resume: str | 
     if recipe == "sft":
         from rlaudio.cli.sft import sft_command
 
-        return sft_command(config_path, overrides, resume=resume)
+        return sft_command(config_path, overrides, resume=resume, tiny=tiny)
     from rlaudio.cli.reward_model import reward_model_command
 
-    return reward_model_command(config_path, overrides, resume=resume)
+    return reward_model_command(config_path, overrides, resume=resume, tiny=tiny)

@@ -19,7 +19,9 @@ from rlaudio.preflight import check_platform, check_shm, check_versions, check_w
 from rlaudio.runs import RunFolder, create_run, open_run, write_text_atomic
 
 
-def reward_model_command(config_path: str, overrides: Sequence[str], *, resume: str | None = None) -> int:
+def reward_model_command(
+    config_path: str, overrides: Sequence[str], *, resume: str | None = None, tiny: bool = False
+) -> int:
     """Train a judge and measure it. Returns the exit code; raises RlaudioError on expected failures."""
     check_platform()
     check_versions()
@@ -28,7 +30,11 @@ def reward_model_command(config_path: str, overrides: Sequence[str], *, resume: 
     check_writable(config.run.root, setting="run.root")
     check_writable(config.run.output, setting="run.output")
     check_shm()
-    if resume:
+    if tiny:
+        from rlaudio.cli.tiny import tiny_run
+
+        config, folder = tiny_run(config, overrides, config_path=config_path, check=_problems)
+    elif resume:
         folder = open_run(resume)
     else:
         folder = create_run(config.run.root, name=config.run.name, seed=config.run.seed, config=config_path)

@@ -13,7 +13,7 @@ from rlaudio.preflight import check_platform, check_shm, check_versions, check_w
 from rlaudio.runs import create_run, open_run, write_text_atomic
 
 
-def sft_command(config_path: str, overrides: Sequence[str], *, resume: str | None = None) -> int:
+def sft_command(config_path: str, overrides: Sequence[str], *, resume: str | None = None, tiny: bool = False) -> int:
     """Train in phases and export a checkpoint. Returns the exit code; raises RlaudioError on expected failures."""
     check_platform()
     check_versions()
@@ -29,7 +29,11 @@ def sft_command(config_path: str, overrides: Sequence[str], *, resume: str | Non
     from rlaudio.recipes.cluster import joined_ray
     from rlaudio.recipes.sft import run_sft
 
-    if resume:
+    if tiny:
+        from rlaudio.cli.tiny import tiny_run
+
+        config, folder = tiny_run(config, overrides, config_path=config_path, check=_problems)
+    elif resume:
         folder = open_run(resume)
     else:
         folder = create_run(config.run.root, name=config.run.name, seed=config.run.seed, config=config_path)

@@ -43,7 +43,7 @@ INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after Ctrl-C and SIGTERM, as shells have them."""
 
 
-def train_command(config_path: str, overrides: Sequence[str], *, resume: str | None) -> int:
+def train_command(config_path: str, overrides: Sequence[str], *, resume: str | None, tiny: bool = False) -> int:
     """Check everything that can be checked, then run. Returns the exit code; raises RlaudioError on failures."""
     enter_job()
     check_platform()
@@ -55,10 +55,13 @@ def train_command(config_path: str, overrides: Sequence[str], *, resume: str | N
     check_writable(config.run.root, setting="run.root")
     check_disk(config.run.root, _DISK_BYTES, what="a run's checkpoints and report")
 
-    data = read_data(config.data)
-    for warning in data.warnings[:MAX_PROBLEMS]:
-        print(f"warning: {warning}", file=sys.stderr)
-    require_records(config, data.heldout, data.train)
+    if tiny:
+        from rlaudio.cli.tiny import tiny_run
+
+        config, folder = tiny_run(config, overrides, config_path=config_path, check=problems_before_start)
+        with folder:
+            return _run(config, _checked_data(config), folder, resume=False)
+    data = _checked_data(config)
     if resume:
         folder = open_run(resume)
     else:
@@ -66,6 +69,14 @@ def train_command(config_path: str, overrides: Sequence[str], *, resume: str | N
     with folder:
         write_text_atomic(folder.config_yaml, to_yaml(config))
         return _run(config, data, folder, resume=resume is not None)
+
+
+def _checked_data(config: RunConfig) -> RunData:
+    data = read_data(config.data)
+    for warning in data.warnings[:MAX_PROBLEMS]:
+        print(f"warning: {warning}", file=sys.stderr)
+    require_records(config, data.heldout, data.train)
+    return data
 
 
 def make_importable(config_path: str, *, resume: str | None) -> None:

@@ -221,3 +221,18 @@ class ModelFamily(Protocol):
     def public_names(self, module: AudioPolicy) -> Iterable[tuple[str, torch.Tensor]]:
         """(public name, parameter) of the module, in file order."""
         ...
+
+
+class TinyFamily(Protocol):
+    """A family class that can make a small checkpoint of itself, which `--tiny` asks for; it need not have this."""
+
+    @classmethod
+    def make_tiny(cls, path: Path, *, words: Sequence[str], seed: int) -> None:
+        """Write a small random checkpoint in float32, with an output projection of its own, on a CPU in seconds.
+
+        Args:
+            path: a new folder.
+            words: its vocabulary beside what the family's own templates write: no whitespace, no angle brackets.
+            seed: of the weights.
+        """
+        ...

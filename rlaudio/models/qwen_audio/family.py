@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,6 +39,8 @@ OMNI_UNUSED = ("thinker.visual.", "thinker.audio_tower.audio_bos_eos_token.", "t
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 DEFAULT_SYSTEM = "You are a helpful assistant."
+MARKS = ("<think>", "</think>", *ROLES.values())
+"""What a vocabulary of words must hold for a dialogue to be written down; in public ones it is ordinary text."""
 
 Config = TypeVar("Config", bound=PretrainedConfig)
 
@@ -171,6 +173,12 @@ class Qwen2Audio(QwenAudioFamily):
             )
         super().__init__(path, ears=ears, text=self.config.text_config)
 
+    @classmethod
+    def make_tiny(cls, path: Path, *, words: Sequence[str], seed: int) -> None:
+        from rlaudio.models.qwen_audio.tiny import create_tiny_qwen2_audio
+
+        create_tiny_qwen2_audio(path, seed=seed, words=(*MARKS, *words))
+
     def build_module(self) -> QwenAudioModule:
         from rlaudio.models.qwen_audio.modeling import Qwen2AudioModule
 
@@ -205,6 +213,12 @@ class Qwen25OmniThinker(QwenAudioFamily):
             self.config, window_samples=OMNI_WINDOW_SAMPLES if chunk_s is None else chunk_s * SAMPLE_RATE_HZ
         )
         super().__init__(path, ears=ears, text=self.config.text_config)
+
+    @classmethod
+    def make_tiny(cls, path: Path, *, words: Sequence[str], seed: int) -> None:
+        from rlaudio.models.qwen_audio.tiny import create_tiny_qwen25_omni
+
+        create_tiny_qwen25_omni(path, seed=seed, words=(*MARKS, *words))
 
     def frozen(self, name: str) -> bool:
         """`proj` is the adaptor and is trained, though it lies in the tower by name."""

@@ -1,8 +1,9 @@
-"""Small random checkpoints of both families in their public layouts: for tests and for `rlaudio doctor`'s tests."""
+"""Small random checkpoints of both families in their public layouts: for tests, and for runs with `--tiny`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5O
 from rlaudio.models import checkpoints
 from rlaudio.models.qwen_audio.config import tiny_omni, tiny_qwen2_audio
 from rlaudio.models.qwen_audio.family import PREPROCESSOR_FILE, Qwen2Audio, Qwen25OmniThinker
-from rlaudio.models.qwen_audio.tokenizer import QwenTokenizer, build_byte_tokenizer
+from rlaudio.models.qwen_audio.tokenizer import QwenTokenizer, build_byte_tokenizer, build_word_tokenizer
 
 SPARE_EMBEDDINGS = 10
 """Rows behind the tokenizer's last id, as the public checkpoints have them."""
@@ -21,11 +22,20 @@ SPARE_EMBEDDINGS = 10
 WINDOW_S = 8
 
 
-def create_tiny_qwen2_audio(path: Path | str, *, seed: int, window_s: int = WINDOW_S) -> Qwen2Audio:
-    """Write a fresh random Qwen2-Audio (float32, 0.3M parameters) and open it. Raises CheckpointError: no place."""
+def create_tiny_qwen2_audio(
+    path: Path | str, *, seed: int, window_s: int = WINDOW_S, words: Sequence[str] = ()
+) -> Qwen2Audio:
+    """Write a fresh random Qwen2-Audio (float32, 0.3M parameters) and open it.
+
+    Args:
+        words: the vocabulary; none makes one of bytes.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
     from rlaudio.models.qwen_audio.modeling import Qwen2AudioModule
 
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(words)
     values = tiny_qwen2_audio(
         vocab_size=tokenizer.vocab_size + SPARE_EMBEDDINGS, audio_token_id=tokenizer.ids.audio_pad, window_s=window_s
     )
@@ -35,15 +45,20 @@ def create_tiny_qwen2_audio(path: Path | str, *, seed: int, window_s: int = WIND
     return Qwen2Audio(path)
 
 
-def create_tiny_qwen25_omni(path: Path | str, *, seed: int, window_s: int = WINDOW_S) -> Qwen25OmniThinker:
+def create_tiny_qwen25_omni(
+    path: Path | str, *, seed: int, window_s: int = WINDOW_S, words: Sequence[str] = ()
+) -> Qwen25OmniThinker:
     """Write a fresh random Qwen2.5-Omni (float32, 0.3M parameters), eyes and voice hinted at, and open it.
+
+    Args:
+        words: the vocabulary; none makes one of bytes.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
     from rlaudio.models.qwen_audio.modeling import OmniThinkerModule
 
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(words)
     ids = tokenizer.ids
     values = tiny_omni(
         vocab_size=tokenizer.vocab_size + SPARE_EMBEDDINGS, audio_ids=(ids.audio_pad, ids.audio_start, ids.audio_end)
@@ -61,8 +76,8 @@ def create_tiny_qwen25_omni(path: Path | str, *, seed: int, window_s: int = WIND
     return Qwen25OmniThinker(path)
 
 
-def _tokenizer() -> QwenTokenizer:
-    file = build_byte_tokenizer()
+def _tokenizer(words: Sequence[str]) -> QwenTokenizer:
+    file = build_word_tokenizer(list(words)) if words else build_byte_tokenizer()
     return QwenTokenizer(file, num_embeddings=file.get_vocab_size(with_added_tokens=True) + SPARE_EMBEDDINGS)
 
 

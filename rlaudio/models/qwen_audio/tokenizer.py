@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as TokenizerFile
 
 from rlaudio.errors import CheckpointError
@@ -14,6 +14,7 @@ from rlaudio.models.tokenizers import TOKENIZER_FILE, ControlledTokenizer, read_
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 AUDIO_PAD, AUDIO_START, AUDIO_END = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
 END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "<unk>"
 
 CONTROL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, AUDIO_PAD, AUDIO_START, AUDIO_END)
 """In both public vocabularies, from id 151643 on."""
@@ -45,6 +46,35 @@ def build_byte_tokenizer() -> TokenizerFile:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
+    return tokenizer
+
+
+def build_word_tokenizer(words: list[str]) -> TokenizerFile:
+    """A tokenizer of whole words, for small checkpoints: `words` in order, duplicates dropped, then the control tokens.
+
+    `<think>` and `</think>` may be among them and are ordinary words, as in public vocabularies ordinary text; other
+    brackets stand alone. What is not among them is `<unk>`, which no text spells and no policy samples.
+    """
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(("\n", *words)))}
+    vocabulary |= {token: len(vocabulary) + index for index, token in enumerate((*CONTROL_TOKENS, UNKNOWN))}
+    tokenizer = TokenizerFile(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Split(Regex(r"[^\S\n]+"), "removed"),
+            pre_tokenizers.Split(Regex(r"</?think>|[<>]"), "isolated"),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.WordPiece(prefix="\0", cleanup=False),
+            decoders.Fuse(),
+            decoders.Replace(" \n", "\n"),
+            decoders.Replace("\n ", "\n"),
+        ]
+    )
+    control = (*CONTROL_TOKENS, UNKNOWN)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     return tokenizer
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +55,11 @@ class StepAudio:
                 f"{self.path}: <audio_patch> is {self.tokenizer.ids.audio_pad} in tokenizer.json but audio_token_id is "
                 f"{self.config.audio_token_id} in config.json: they are from different checkpoints"
             )
+
+    @classmethod
+    def make_tiny(cls, path: Path, *, words: Sequence[str], seed: int) -> None:
+        # Public checkpoints have an output projection of their own.
+        create_tiny(path, words=list(words), seed=seed, tied=False)
 
     def pieces(self, num_samples: int) -> tuple[tuple[int, int], ...]:
         return self.ears.pieces(num_samples)
