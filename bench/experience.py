@@ -1,25 +1,29 @@
 """Experience from the actor that makes it to the learner: Arrow columns against numpy dataclasses, through Ray's store.
 
 512 experiences (turns): 64 groups of 8 siblings that hear the same sounds. An actor has them as the player leaves them
-(`Dialogue`s of numpy arrays) and stores one object per group; another, the learner, takes all of them and ends with
-the learner's own rows. Kinds:
+(`Dialogue`s of numpy arrays) and stores them; another, the learner, takes all of them and ends with the learner's own
+rows. Kinds:
 
     text     ids and log-probabilities alone
     clips    two sounds of 3 s per group: rlaudio's rows name them and each lies once in the clip store, where users'
              sounds are before they are played (writing it there is not measured, reading and checking it is); a
-             dataclass holds its samples (16-bit, as the store does)
-    states   encoder states of these sounds (12.5 rows a second of width 512, bfloat16): a second batch per group
+             dataclass holds its samples (16-bit, as the store does). Both end as the float32 samples that are encoded
+    states   encoder states of these sounds (12.5 rows a second of width 512, bfloat16): a second batch per object
 
-Sides, all with one object per group:
+Sides:
 
     arrow    `played_batch` and `states_batch` in the actor, `read_rows` and `read_states` in the learner
-    shared   `ray.put` of a list of dataclasses; siblings hold the same array, which is stored once per object
+    shared   `ray.put` of a list of dataclasses that hold what a row holds, importable (a class of `__main__` would be
+             stored with every object); siblings hold the same array, which is stored once per object
     copied   the same where every sibling holds its own copy, as after a round trip over rows
 
-Both are read without a copy (pickle 5 out of band). Bytes stored are those of the objects as Ray lays them out, and of
-the clip store. `--repeats 2` lets each sound be heard by two groups, so that what is stored twice across objects shows.
+Shapes: one object per group, as rollout actors return them, or all in one object. Both sides read without a copy
+(pickle 5 out of band). Bytes stored are those of the objects as Ray lays them out, and of the clip store: over the ids
+and log-probabilities of every row plus distinct sounds (`stored_over_useful`), and the same with prompts that siblings
+share counted once (`stored_over_distinct`). `--repeats 2` lets each sound be heard by two groups, so that what is
+stored twice across objects shows.
 
-    python bench/experience.py [--rounds 5] [--repeats 1]
+    python bench/experience.py [--rounds 5] [--repeats 1] [--groups-per-object 1 64]
 """
 
 import argparse
@@ -63,25 +67,32 @@ NUM_PROMPT_IDS, NUM_RESPONSE_IDS = 300, 200
 CLIPS_PER_GROUP, CLIP_S = 2, 3.0
 STATES_PER_S, STATES_WIDTH = 12.5, 512
 KINDS, SIDES = ("text", "clips", "states"), ("arrow", "shared", "copied")
+FULL_SCALE = np.float32(32768.0)
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = PromptRecord("bench", "t", (Message("user", (TextPart("hi"),)),))
 
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """One turn as a plain object: the baseline. `sounds` are samples or states."""
+    """One turn as a plain object: the baseline, with what a row of ours says. `sounds` are samples or states."""
 
+    prompt_id: str
+    task: str
     group: int
     sibling: int
     turn: int
     prompt_ids: np.ndarray
     response_ids: np.ndarray
     logprobs: np.ndarray
+    version_spans: tuple[VersionSpan, ...]
     clips: tuple[ClipSpan, ...]
     sounds: tuple[np.ndarray, ...]
     reward: float
-    thinking: str
+    thinking: str | None
     reply: str
+    finish_reason: str
+    generate_s: float
+    judge_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,46 +105,50 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One side's way from actor to learner.
-
-    Attributes:
-        stored: bytes in Ray's store and in the clip store.
-    """
+    """One side's way from actor to learner."""
 
     write_s: float
     read_s: float
     cpu_s: float
-    stored: int
 
 
 class Writer:
     """The actor that made them."""
 
-    def __init__(self, kind: str, *, repeats: int, clips: str) -> None:
+    def begin(self, kind: str, *, repeats: int, together: int, clips: str) -> tuple[int, int, int]:
+        """Make groups of a kind, and say how big they are: bytes of ids and log-probabilities; of these, prompts that
+        repeat another; of distinct sounds.
+        """
         self._kind = kind
         self._store = ClipStore(clips)
         rng = np.random.default_rng(0)
         self._groups = [make_group(rng, self._store, kind, group) for group in range(NUM_GROUPS)]
         for group, one in enumerate(self._groups):
             self._groups[group] = hearing(one, self._groups[group - group % repeats])
-
-    def useful(self) -> tuple[int, int]:
-        """Bytes of ids and log-probabilities; of distinct sounds."""
+        self._groups = [merged(self._groups[first : first + together]) for first in range(0, NUM_GROUPS, together)]
         turns = [turn for group in self._groups for one in group.dialogues for turn in one.turns]
         tokens = sum(turn.prompt_ids.nbytes + turn.response_ids.nbytes + turn.logprobs.nbytes for turn in turns)
+        distinct = {id(turn.prompt_ids): turn.prompt_ids.nbytes for turn in turns}
         sounds = {name: sound.nbytes for group in self._groups for name, sound in group.sounds.items()}
-        return tokens, sum(sounds.values())
+        return tokens, sum(turn.prompt_ids.nbytes for turn in turns) - sum(distinct.values()), sum(sounds.values())
 
-    def write(self, side: str) -> tuple[float, float, int, list[Any]]:
-        """Wall and CPU seconds, bytes stored, references."""
+    def write(self, side: str) -> tuple[float, float, list[Any]]:
+        """Wall and CPU seconds, references."""
         began_s, began_cpu_s = time.perf_counter(), time.process_time()
-        make: Callable[[Group], Any] = self._arrow if side == "arrow" else plain if side == "shared" else copied
+        make = self._maker(side)
         refs = [ray.put(make(group)) for group in self._groups]
-        wall_s, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
+        return time.perf_counter() - began_s, time.process_time() - began_cpu_s, refs
+
+    def stored(self, side: str) -> int:
+        """Bytes in Ray's store and in the clip store."""
+        make = self._maker(side)
         stored = sum(stored_bytes(make(group)) for group in self._groups)
         if side == "arrow" and self._kind == "clips":
             stored += sum(path.stat().st_size for path in Path(self._store.root).rglob("*.wav"))
-        return wall_s, cpu_s, stored, refs
+        return stored
+
+    def _maker(self, side: str) -> Callable[[Group], Any]:
+        return {"arrow": self._arrow, "shared": plain, "copied": copied}[side]
 
     def _arrow(self, group: Group) -> Any:
         rows = played_batch(RECORD, group.dialogues)
@@ -146,14 +161,14 @@ class Writer:
 class Learner:
     """Takes everything and ends with `Row`s and distinct sounds."""
 
-    def __init__(self, kind: str, *, clips: str) -> None:
+    def begin(self, kind: str, *, clips: str) -> None:
         self._kind, self._clips = kind, clips
 
     def read(self, side: str, refs: list[Any]) -> tuple[float, float, tuple[int, float, int]]:
         """Wall and CPU seconds, and what it found: rows, a sum over their numbers, distinct sounds."""
         began_s, began_cpu_s = time.perf_counter(), time.process_time()
         values = ray.get(refs)
-        rows, sounds = self._from_arrow(values) if side == "arrow" else from_plain(values)
+        rows, sounds = self._from_arrow(values) if side == "arrow" else from_plain(values, kind=self._kind)
         wall_s, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
         total = sum(int(row.prompt_ids.sum()) + int(row.response_ids.sum()) + float(row.logprobs.sum()) for row in rows)
         return wall_s, cpu_s, (len(rows), total, len(sounds))
@@ -177,7 +192,7 @@ def make_group(rng: np.random.Generator, store: ClipStore, kind: str, group: int
     for _ in range(CLIPS_PER_GROUP if kind != "text" else 0):
         if kind == "clips":
             sound = (rng.standard_normal(int(CLIP_S * SAMPLE_RATE_HZ)) * 3000).astype(np.int16)
-            sounds[store.put(sound.astype(np.float32) / np.float32(32768.0)).sha256] = sound
+            sounds[store.put(sound.astype(np.float32) / FULL_SCALE).sha256] = sound
         else:
             shape = (int(CLIP_S * STATES_PER_S), STATES_WIDTH)
             sounds[rng.bytes(32).hex()] = rng.integers(0, 1 << 15, shape, dtype=np.uint16)
@@ -193,6 +208,12 @@ def make_group(rng: np.random.Generator, store: ClipStore, kind: str, group: int
     return Group(dialogues, sounds)
 
 
+def merged(groups: Sequence[Group]) -> Group:
+    """Several groups as one object holds them."""
+    sounds = {name: sound for group in groups for name, sound in group.sounds.items()}
+    return Group([dialogue for group in groups for dialogue in group.dialogues], sounds)
+
+
 def hearing(group: Group, other: Group) -> Group:
     """A group that hears another's sounds."""
     clips = other.dialogues[0].turns[0].clips
@@ -204,17 +225,23 @@ def plain(group: Group) -> list[Experience]:
     """Siblings share the arrays of prompt and sounds."""
     return [
         Experience(
+            dialogue.prompt_id,
+            RECORD.task,
             dialogue.group,
             dialogue.sibling,
             turn.index,
             turn.prompt_ids,
             turn.response_ids,
             turn.logprobs,
+            turn.version_spans,
             turn.clips,
             tuple(group.sounds[clip.sha256] for clip in turn.clips),
             0.0,
-            turn.thinking or "",
+            turn.thinking,
             turn.reply,
+            turn.finish_reason,
+            turn.generate_s,
+            0.0,
         )
         for dialogue in group.dialogues
         for turn in dialogue.turns
@@ -229,7 +256,7 @@ def copied(group: Group) -> list[Experience]:
     ]
 
 
-def from_plain(values: Sequence[list[Experience]]) -> tuple[list[Row], dict[str, Any]]:
+def from_plain(values: Sequence[list[Experience]], *, kind: str) -> tuple[list[Row], dict[str, Any]]:
     rows: list[Row] = []
     sounds: dict[str, Any] = {}
     dialogues: dict[tuple[int, int], int] = {}
@@ -250,7 +277,9 @@ def from_plain(values: Sequence[list[Experience]]) -> tuple[list[Row], dict[str,
                     one.reward,
                 )
             )
-            sounds |= {clip.sha256: sound for clip, sound in zip(one.clips, one.sounds, strict=True)}
+            for clip, sound in zip(one.clips, one.sounds, strict=True):
+                if clip.sha256 not in sounds:
+                    sounds[clip.sha256] = sound.astype(np.float32) / FULL_SCALE if kind == "clips" else sound
     return rows, sounds
 
 
@@ -261,37 +290,42 @@ def stored_bytes(value: Any) -> int:
     return int(global_worker.get_serialization_context().serialize(value).total_bytes)
 
 
-def measure(kind: str, *, rounds: int, repeats: int, folder: str) -> dict[str, object]:
-    clips = f"{folder}/{kind}"
-    writer = ray.remote(Writer).remote(kind, repeats=repeats, clips=clips)
-    learner = ray.remote(Learner).remote(kind, clips=clips)
-    tokens, sounds = ray.get(writer.useful.remote())
+def measure(actors: Sequence[Any], kind: str, *, rounds: int, repeats: int, together: int, folder: str) -> object:
+    writer, learner = actors
+    clips = f"{folder}/{kind}-{together}"
+    tokens, repeated, sounds = ray.get(writer.begin.remote(kind, repeats=repeats, together=together, clips=clips))
+    ray.get(learner.begin.remote(kind, clips=clips))
+    stored = {side: ray.get(writer.stored.remote(side)) for side in SIDES}
     found: dict[str, list[Measured]] = {side: [] for side in SIDES}
     for number in range(rounds + 1):
         told = set()
         for side, measured in found.items():
-            write_s, write_cpu_s, stored, refs = ray.get(writer.write.remote(side))
+            write_s, write_cpu_s, refs = ray.get(writer.write.remote(side))
             read_s, read_cpu_s, what = ray.get(learner.read.remote(side, refs))
-            told.add((what[0], round(what[1], 1)))
+            told.add((what[0], round(what[1], 1), what[2]))
             if number:  # the first warms up
-                measured.append(Measured(write_s, read_s, write_cpu_s + read_cpu_s, stored))
+                measured.append(Measured(write_s, read_s, write_cpu_s + read_cpu_s))
         assert len(told) == 1, told
-    return {"tokens_mb": tokens / 1e6, "sounds_mb": sounds / 1e6} | {
-        side: figures(measured, found["arrow"], useful=tokens + sounds) for side, measured in found.items()
+    return {"tokens_mb": tokens / 1e6, "repeated_mb": repeated / 1e6, "sounds_mb": sounds / 1e6} | {
+        side: figures(measured, found["arrow"], mb=(tokens + sounds) / 1e6)
+        | {
+            "stored_mb": round(stored[side] / 1e6, 3),
+            "stored_over_useful": round(stored[side] / (tokens + sounds), 3),
+            "stored_over_distinct": round(stored[side] / (tokens - repeated + sounds), 3),
+        }
+        for side, measured in found.items()
     }
 
 
-def figures(measured: Sequence[Measured], arrow: Sequence[Measured], *, useful: int) -> dict[str, object]:
+def figures(measured: Sequence[Measured], arrow: Sequence[Measured], *, mb: float) -> dict[str, object]:
+    rounds = list(zip(measured, arrow, strict=True))
     return {
-        "mb_per_s": _spread([useful / 1e6 / (one.write_s + one.read_s) for one in measured]),
+        "mb_per_s": _spread([mb / (one.write_s + one.read_s) for one in measured]),
         "write_ms": _spread([one.write_s * 1e3 for one in measured]),
         "read_ms": _spread([one.read_s * 1e3 for one in measured]),
         "cpu_ms": _spread([one.cpu_s * 1e3 for one in measured]),
-        "time_over_arrow": _spread(
-            [(a.write_s + a.read_s) / (b.write_s + b.read_s) for a, b in zip(measured, arrow, strict=True)]
-        ),
-        "stored_mb": round(measured[0].stored / 1e6, 3),
-        "stored_over_useful": round(measured[0].stored / useful, 3),
+        "time_over_arrow": _spread([(one.write_s + one.read_s) / (a.write_s + a.read_s) for one, a in rounds]),
+        "cpu_over_arrow": _spread([one.cpu_s / a.cpu_s for one, a in rounds]),
     }
 
 
@@ -301,11 +335,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     }  # fmt: skip
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=1, help="groups that hear the same sounds")
-    arguments = parser.parse_args()
+def main(arguments: argparse.Namespace) -> dict[str, object]:
     ray.init(
         address="local",
         num_cpus=2,
@@ -314,9 +344,22 @@ if __name__ == "__main__":
         log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"}},
     )
+    found: dict[str, object] = {"repeats": arguments.repeats}
+    actors = [ray.remote(Writer).remote(), ray.remote(Learner).remote()]
     with tempfile.TemporaryDirectory() as folder:
-        found = {
-            kind: measure(kind, rounds=arguments.rounds, repeats=arguments.repeats, folder=folder) for kind in KINDS
-        }
+        for together in arguments.groups_per_object:
+            sizes = {"rounds": arguments.rounds, "repeats": arguments.repeats, "together": together}
+            kinds = {kind: measure(actors, kind, **sizes, folder=folder) for kind in KINDS}
+            found[f"{together}_per_object"] = kinds
     ray.shutdown()
-    print(json.dumps({"repeats": arguments.repeats} | found))
+    return found
+
+
+if __name__ == "__main__":
+    import experience  # this very file: what belongs to `__main__` is pickled with every object that holds it
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=1, help="groups that hear the same sounds")
+    parser.add_argument("--groups-per-object", type=int, nargs="+", default=[1, NUM_GROUPS])
+    print(json.dumps(experience.main(parser.parse_args())))

@@ -1,90 +1,91 @@
 """Dialogues into Arrow rows and back. Columns are written directly; nothing is rounded on the way."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from itertools import pairwise
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from rlaudio.errors import DataError
+from rlaudio.experience import columns, wire  # noqa: F401 (how a batch is pickled)
 from rlaudio.experience.schema import EXPERIENCE, SCHEMA_VERSION
-from rlaudio.types import ClipSpan, Dialogue, PromptRecord, RewardShare, Spoken, Turn, VersionSpan, WeightVersion
+from rlaudio.types import ClipSpan, Dialogue, PromptRecord, RewardShare, Spoken, Turn, VersionSpan
 
 
 def played_batch(record: PromptRecord, dialogues: Sequence[Dialogue]) -> pa.RecordBatch:
     """One row per played turn, rewards still empty."""
-    rows = [(dialogue, turn) for dialogue in dialogues for turn in dialogue.turns]
+    turns = [turn for dialogue in dialogues for turn in dialogue.turns]
+    of_turn = [dialogue for dialogue in dialogues for _ in dialogue.turns]
     return make_batch(
-        prompt_id=[d.prompt_id for d, _ in rows],
-        task=[record.task] * len(rows),
-        group=[d.group for d, _ in rows],
-        sibling=[d.sibling for d, _ in rows],
-        turn=[t.index for _, t in rows],
-        prompt_ids=[t.prompt_ids for _, t in rows],
-        response_ids=[t.response_ids for _, t in rows],
-        logprobs=[t.logprobs for _, t in rows],
-        version_spans=[[_span_row(s) for s in t.version_spans] for _, t in rows],
-        clips=[[_clip_row(c) for c in t.clips] for _, t in rows],
-        thinking=[t.thinking for _, t in rows],
-        reply=[t.reply for _, t in rows],
-        finish_reason=[t.finish_reason for _, t in rows],
-        generate_s=[t.generate_s for _, t in rows],
-        spoken=[None if t.spoken is None else asdict(t.spoken) for _, t in rows],
+        prompt_id=[d.prompt_id for d in of_turn],
+        task=columns.repeated(record.task, len(turns)),
+        group=[d.group for d in of_turn],
+        sibling=[d.sibling for d in of_turn],
+        turn=[t.index for t in turns],
+        prompt_ids=[t.prompt_ids for t in turns],
+        response_ids=[t.response_ids for t in turns],
+        logprobs=[t.logprobs for t in turns],
+        version_spans=[t.version_spans for t in turns],
+        clips=[t.clips for t in turns],
+        thinking=[t.thinking for t in turns],
+        reply=[t.reply for t in turns],
+        finish_reason=[t.finish_reason for t in turns] if any(t.finish_reason != "stop" for t in turns) else None,
+        generate_s=[t.generate_s for t in turns],
+        spoken=[t.spoken for t in turns],
     )
 
 
 def make_batch(
     *,
     prompt_id: Sequence[str],
-    task: Sequence[str],
+    task: Sequence[str] | pa.StringArray,
     group: Sequence[int],
     sibling: Sequence[int],
     turn: Sequence[int],
-    prompt_ids: Sequence[npt.NDArray[np.int32]],
-    response_ids: Sequence[npt.NDArray[np.int32]],
-    clips: Sequence[list[dict[str, object]]],
+    prompt_ids: Sequence[npt.ArrayLike],
+    response_ids: Sequence[npt.ArrayLike],
+    clips: Sequence[Sequence[ClipSpan]],
     thinking: Sequence[str | None],
     reply: Sequence[str],
     logprobs: Sequence[npt.NDArray[np.float32]] | None = None,
-    version_spans: Sequence[list[dict[str, int]]] | None = None,
+    version_spans: Sequence[Sequence[VersionSpan]] | None = None,
     clip_targets: Sequence[Sequence[Sequence[int]]] | None = None,
     finish_reason: Sequence[str] | None = None,
     generate_s: Sequence[float] | None = None,
-    spoken: Sequence[dict[str, object] | None] | None = None,
+    spoken: Sequence[Spoken | None] | None = None,
 ) -> pa.RecordBatch:
     """Columns of an `EXPERIENCE` batch; what is left out is empty (lists), "stop", null or zero."""
-    count = len(prompt_id)
-    empty: list[list[object]] = [[] for _ in range(count)]
-    zeros = [0.0] * count
-    columns: Mapping[str, object] = {
+    given: dict[str, object] = {
         "prompt_id": prompt_id,
         "task": task,
-        "group": group,
-        "sibling": sibling,
-        "turn": turn,
-        "prompt_ids": _ragged(prompt_ids, np.int32),
-        "response_ids": _ragged(response_ids, np.int32),
-        "logprobs": _ragged(logprobs if logprobs is not None else [np.empty(0, np.float32)] * count, np.float32),
-        "version_spans": version_spans if version_spans is not None else empty,
-        "clips": clips,
-        "clip_targets": clip_targets if clip_targets is not None else empty,
-        "rewards": empty,
-        "reward": zeros,
+        "group": columns.numbers(group, np.int64),
+        "sibling": columns.numbers(sibling, np.int32),
+        "turn": columns.numbers(turn, np.int32),
+        "prompt_ids": columns.ragged(prompt_ids, np.int32),
+        "response_ids": columns.ragged(response_ids, np.int32),
+        "logprobs": None if logprobs is None else columns.ragged(logprobs, np.float32),
+        "version_spans": None if version_spans is None else columns.version_spans(version_spans),
+        "clips": columns.clip_spans(clips),
+        "clip_targets": clip_targets,
         "thinking": thinking,
         "reply": reply,
-        "finish_reason": finish_reason if finish_reason is not None else ["stop"] * count,
-        "generate_s": generate_s if generate_s is not None else zeros,
-        "judge_s": zeros,
-        "spoken": spoken if spoken is not None else [None] * count,
+        "finish_reason": finish_reason,
+        "generate_s": None if generate_s is None else columns.numbers(generate_s, np.float32),
+        "spoken": None if spoken is None else columns.spoken(spoken),
     }
-    arrays = [
-        column if isinstance(column := columns[field.name], pa.Array) else pa.array(column, type=field.type)
-        for field in EXPERIENCE
-    ]
+    arrays = []
+    for name, wanted in _types():
+        column = given.get(name)
+        if column is None:
+            column = columns.nothing(name, len(prompt_id))
+        arrays.append(column if isinstance(column, pa.Array) else pa.array(column, type=wanted))
     return pa.RecordBatch.from_arrays(arrays, schema=EXPERIENCE)
+
+
+@lru_cache(maxsize=1)
+def _types() -> list[tuple[str, pa.DataType]]:
+    return [(field.name, field.type) for field in EXPERIENCE]
 
 
 def read_dialogues(batch: pa.RecordBatch) -> list[Dialogue]:
@@ -95,8 +96,10 @@ def read_dialogues(batch: pa.RecordBatch) -> list[Dialogue]:
     """
     check_schema(batch)
     turns: dict[tuple[str, int, int], list[Turn]] = {}
-    numeric = {name: _split(batch.column(name)) for name in ("prompt_ids", "response_ids", "logprobs")}
-    names = ("prompt_id", "group", "sibling", "turn", "version_spans", "clips", "thinking", "reply", "finish_reason")
+    numeric = {name: columns.split(batch.column(name)) for name in ("prompt_ids", "response_ids", "logprobs")}
+    version_spans = columns.read_version_spans(batch.column("version_spans"))
+    clips = columns.read_clip_spans(batch.column("clips"))
+    names = ("prompt_id", "group", "sibling", "turn", "thinking", "reply", "finish_reason")
     plain = {name: batch.column(name).to_pylist() for name in (*names, "generate_s", "spoken")}
     for row in range(batch.num_rows):
         key = (plain["prompt_id"][row], plain["group"][row], plain["sibling"][row])
@@ -106,11 +109,8 @@ def read_dialogues(batch: pa.RecordBatch) -> list[Dialogue]:
                 prompt_ids=numeric["prompt_ids"][row],
                 response_ids=numeric["response_ids"][row],
                 logprobs=numeric["logprobs"][row],
-                version_spans=tuple(
-                    VersionSpan(WeightVersion(s["incarnation"], s["number"]), s["start"], s["end"], s["mixed"])
-                    for s in plain["version_spans"][row]
-                ),
-                clips=tuple(ClipSpan(c["sha256"], c["start"], c["end"]) for c in plain["clips"][row]),
+                version_spans=version_spans[row],
+                clips=clips[row],
                 thinking=plain["thinking"][row],
                 reply=plain["reply"][row],
                 finish_reason=plain["finish_reason"][row],
@@ -161,19 +161,6 @@ def check_schema(batch: pa.RecordBatch) -> None:
         )
 
 
-def _ragged(rows: Sequence[npt.NDArray[np.generic]], dtype: type[np.generic]) -> pa.LargeListArray:
-    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    values = np.concatenate(rows).astype(dtype, copy=False) if rows else np.empty(0, dtype)
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
-
-
-def _split(column: pa.LargeListArray) -> list[npt.NDArray[Any]]:
-    offsets = column.offsets.to_numpy()
-    values = column.values.to_numpy(zero_copy_only=True)
-    return [values[start:end] for start, end in pairwise(offsets)]
-
-
 def _share_row(share: RewardShare) -> dict[str, object]:
     return {
         "source": share.source,
@@ -182,18 +169,3 @@ def _share_row(share: RewardShare) -> dict[str, object]:
         "share": share.share,
         "detail": list(share.detail.items()),
     }
-
-
-def _span_row(span: VersionSpan) -> dict[str, int]:
-    version = span.version
-    return {
-        "incarnation": version.incarnation,
-        "number": version.number,
-        "start": span.start,
-        "end": span.end,
-        "mixed": span.mixed,
-    }
-
-
-def _clip_row(span: ClipSpan) -> dict[str, object]:
-    return {"sha256": span.sha256, "start": span.start, "end": span.end}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from rlaudio.errors import DataError
+from rlaudio.experience.columns import read_clip_spans, split
 from rlaudio.types import ClipSpan, FloatArray, IntArray
 
 LOGIT_CHUNK = 4096
@@ -120,54 +122,50 @@ def read_rows(batches: Sequence[pa.RecordBatch], *, repeats: bool = False) -> li
     dialogues: dict[tuple[int, int], int] = {}
     seen: set[tuple[int, int, int]] = set()
     for batch in batches:
-        columns = {name: batch.column(name) for name in batch.schema.names}
-        small = {name: columns[name].to_pylist() for name in ("prompt_id", "group", "sibling", "turn", "reward")}
-        for index in range(batch.num_rows):
-            key = (small["group"][index], small["sibling"][index])
-            if not repeats and (*key, small["turn"][index]) in seen:
+        for prompt_id, group, sibling, turn, *contents in zip(*_columns(batch), strict=True):
+            if not repeats and (group, sibling, turn) in seen:
                 raise DataError(
-                    f"prompt {small['prompt_id'][index]!r}: group {key[0]}, sibling {key[1]}, turn "
-                    f"{small['turn'][index]} arrived twice: every turn is trained once, look at the window"
+                    f"prompt {prompt_id!r}: group {group}, sibling {sibling}, turn {turn} arrived twice: every turn is "
+                    "trained once, look at the window"
                 )
-            seen.add((*key, small["turn"][index]))
-            row = Row(
-                dialogue=dialogues.setdefault(key, len(dialogues)),
-                group=key[0],
-                sibling=key[1],
-                turn=small["turn"][index],
-                prompt_ids=_list_item(columns["prompt_ids"], index, np.int32),
-                response_ids=_list_item(columns["response_ids"], index, np.int32),
-                logprobs=_list_item(columns["logprobs"], index, np.float32),
-                clips=tuple(ClipSpan(**clip) for clip in columns["clips"][index].as_py() or ()),
-                clip_targets=tuple(
-                    np.asarray(target, dtype=np.int32) for target in columns["clip_targets"][index].as_py() or ()
-                ),
-                reward=float(small["reward"][index] or 0.0),
-            )
-            _check_row(row, prompt_id=small["prompt_id"][index])
+            seen.add((group, sibling, turn))
+            row = Row(dialogues.setdefault((group, sibling), len(dialogues)), group, sibling, turn, *contents)
+            if problem := _problem(row):
+                raise DataError(f"prompt {prompt_id!r}, group {group}, sibling {sibling}, turn {turn}: {problem}")
             rows.append(row)
     if not rows:
         raise DataError(f"{len(batches)} batches hold no rows: do not step on an empty batch")
     return rows
 
 
-def _list_item(column: pa.Array, index: int, dtype: type[np.generic]) -> np.ndarray:
-    values = column[index].values
-    return np.zeros(0, dtype) if values is None else values.to_numpy(zero_copy_only=False).astype(dtype, copy=False)
+def _columns(batch: pa.RecordBatch) -> list[Sequence[Any]]:
+    """Per row: prompt id, group, sibling, turn; then what a `Row` holds after these. Arrays are views of the batch."""
+    small = [batch.column(name).to_pylist() for name in ("prompt_id", "group", "sibling", "turn")]
+    tokens = [split(batch.column(name)) for name in ("prompt_ids", "response_ids", "logprobs")]
+    rewards = [reward or 0.0 for reward in batch.column("reward").to_pylist()]
+    return [*small, *tokens, read_clip_spans(batch.column("clips")), _targets(batch.column("clip_targets")), rewards]
 
 
-def _check_row(row: Row, *, prompt_id: str) -> None:
-    place = f"prompt {prompt_id!r}, group {row.group}, sibling {row.sibling}, turn {row.turn}"
+def _targets(column: pa.ListArray) -> list[tuple[IntArray, ...]]:
+    if not len(column.values):
+        return [()] * len(column)
+    targets = split(column.values)
+    return [tuple(targets[start:end]) for start, end in pairwise(column.offsets.to_pylist())]
+
+
+def _problem(row: Row) -> str:
+    """Why a row cannot be trained on; empty when it can."""
     num_prompt, num_response = len(row.prompt_ids), len(row.response_ids)
     if num_prompt < 1 or num_response < 1:
-        raise DataError(f"{place}: {num_prompt} prompt and {num_response} response ids; both are needed to train on it")
+        return f"{num_prompt} prompt and {num_response} response ids; both are needed to train on it"
     if len(row.logprobs) not in (0, num_response):
-        raise DataError(f"{place}: {len(row.logprobs)} logprobs for {num_response} sampled ids: they must align")
+        return f"{len(row.logprobs)} logprobs for {num_response} sampled ids: they must align"
     for clip in row.clips:
         if not 0 <= clip.start < clip.end <= num_prompt:
-            raise DataError(f"{place}: clip {clip.sha256} spans [{clip.start}, {clip.end}) of {num_prompt} prompt ids")
+            return f"clip {clip.sha256} spans [{clip.start}, {clip.end}) of {num_prompt} prompt ids"
     if row.clip_targets and len(row.clip_targets) != len(row.clips):
-        raise DataError(f"{place}: {len(row.clip_targets)} clip targets for {len(row.clips)} clips: one each, or none")
+        return f"{len(row.clip_targets)} clip targets for {len(row.clips)} clips: one each, or none"
+    return ""
 
 
 def collate(rows: Sequence[Row], terms: Sequence[RowTerms], *, pad: int, device: torch.device) -> MicroBatch:

@@ -259,7 +259,7 @@ def supervised_batch(records: list[PromptRecord], *, family: ModelFamily, clips:
         turn=[turn.turn for turn in turns],
         prompt_ids=[turn.prompt_ids for turn in turns],
         response_ids=[turn.response_ids for turn in turns],
-        clips=[[{"sha256": c.sha256, "start": c.start, "end": c.end} for c in turn.clips] for turn in turns],
+        clips=[turn.clips for turn in turns],
         clip_targets=[turn.clip_targets for turn in turns],
         thinking=[turn.thinking for turn in turns],
         reply=[turn.reply for turn in turns],

@@ -108,7 +108,7 @@ def preference_rows(
         turn=[0] * len(shown),
         prompt_ids=[one.ids for one in rendered],
         response_ids=[prompt.answer(text, verdict) for text, verdict in zip(told, verdicts, strict=True)],
-        clips=[[{"sha256": c.sha256, "start": c.start, "end": c.end} for c in one.clips] for one in rendered],
+        clips=[one.clips for one in rendered],
         clip_targets=[[() for _ in one.clips] for one in rendered],
         thinking=told,
         reply=[prompt.scale.words[verdict] for verdict in verdicts],

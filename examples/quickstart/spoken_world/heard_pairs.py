@@ -151,7 +151,7 @@ def heard_rows(family: ModelFamily, pairs: Sequence[HeardPair], *, clips: ClipSt
         turn=[0] * len(asked),
         prompt_ids=[one.ids for one in prompts],
         response_ids=[prompt.answer(text, verdict) for text, verdict in zip(rationales, verdicts, strict=True)],
-        clips=[[{"sha256": c.sha256, "start": c.start, "end": c.end} for c in one.clips] for one in prompts],
+        clips=[one.clips for one in prompts],
         thinking=rationales,
         reply=[prompt.scale.words[verdict] for verdict in verdicts],
     )
