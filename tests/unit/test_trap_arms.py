@@ -15,14 +15,15 @@ from rlaudio.evals.summary import DialogueResult, RewardPart, TurnResult
 from rlaudio.recipes.pipeline import read_pipeline
 from tests.unit.evaluations import dialogue, evaluation, turn
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "verifiable_reward_trap"
-sys.path.insert(0, str(EXAMPLE))
-sys.path.insert(0, str(EXAMPLE.parent / "quickstart"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "verifiable_reward_trap"))
 
 from trap_arms import experiment
 from trap_arms.measures import MEASURES, Change, difference, level, measure, require_same_prompts
 from trap_arms.page import Seen, write_page
 from trap_arms.verdict import ARMS, CONTRASTS, Outcome, Results, claims, compare, headline
+
+EXAMPLE = Path(experiment.__file__).parents[1]
 
 
 def said(index: int, reply: str, *, liked: float | None = None, correct: bool = True) -> TurnResult:
