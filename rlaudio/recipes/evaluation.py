@@ -57,19 +57,20 @@ async def _evaluate_one(
     progress.stage(f"starting engines for {name}")
     chosen = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
     async with playing_actors(chosen, told=progress.say) as actors:
-        progress.stage(f"held-out dialogues of {name}")
-        results = await evaluate(
-            data.heldout,
-            phase="after",
-            rollouts=actors.rollouts,
-            rewards=actors.rewards,
-            settings=config.evaluation,
-            progressed=progress.update,
-            told=progress.say,
-        )
-        for result in results:
-            write_evaluation(files[result.name], result)
-        if not more:
+        if not all(file.is_file() for file in files.values()):
+            progress.stage(f"held-out dialogues of {name}")
+            results = await evaluate(
+                data.heldout,
+                phase="after",
+                rollouts=actors.rollouts,
+                rewards=actors.rewards,
+                settings=config.evaluation,
+                progressed=progress.update,
+                told=progress.say,
+            )
+            for result in results:
+                write_evaluation(files[result.name], result)
+        if all(file.is_file() for file in more.values()):
             return
         progress.stage(f"sampled siblings of {name}")
         sampled = await evaluate_siblings(

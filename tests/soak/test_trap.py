@@ -1,7 +1,7 @@
 """The trap experiment with three seeds, in cells of half an hour: one per seed and arm.
 
-`make soak CELL=trap`, or `CELL="trap and seed1 and joint"`. A cell runs the pipeline up to its own stage: what an earlier
-cell left is not made again, one that was cut off goes on. The last cell writes the report over all seeds and rows.
+`make soak CELL=trap`, or `CELL="trap and seed1 and joint"`. A cell runs the pipeline up to its own stage: what an
+earlier cell left is not made again, one that was cut off goes on. The last writes the report over all seeds and rows.
 """
 
 import json
