@@ -1,14 +1,16 @@
 # Two commands matter: `make run` and `make test`. Both install what is missing first.
 .DEFAULT_GOAL := help
-.PHONY: help setup world run pipeline base test check format soak chaos clean
+.PHONY: help setup world run pipeline trap base test check format soak chaos clean
 
 # Where torch's CPU build comes from when the places that pip is configured with do not hold it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 SEED ?= 0
+SEEDS ?= 1
 CELL ?=
 LOCK ?= locks/cpu.txt
 BIN := $(CURDIR)/.venv/bin
 QUICKSTART := examples/quickstart
+TRAP := examples/verifiable_reward_trap
 
 # Spinning threads of one process slow every other one down when there are fewer cores than processes.
 export OMP_NUM_THREADS := 1
@@ -29,6 +31,9 @@ run: world ## the main job: train the tiny policy by RL; SEED=n
 pipeline: world ## every stage in order: mid-training to evaluation; started again it goes on; SEED=n
 	@cd $(QUICKSTART) && $(BIN)/python -m spoken_world.stages --processes 2
 	@$(BIN)/rlaudio train $(QUICKSTART)/pipeline.yaml run.seed=$(SEED)
+
+trap: world ## verified reward, judge, both, in stages: five arms from one start, compared; goes on; SEEDS=n
+	@cd $(TRAP) && PYTHONPATH=$(CURDIR)/$(QUICKSTART) $(BIN)/python -m trap_arms --seeds $(SEEDS)
 
 base: world ## rebuild the start and judge checkpoints from nothing (about an hour)
 	@cd $(QUICKSTART) && $(BIN)/python -m spoken_world.base

@@ -37,6 +37,11 @@ def evaluation_problems(config: EvaluationConfig) -> list[str]:
     found = run_problems(dataclasses.replace(config, recipe=recipe))
     if not config.data.heldout:
         found.append("data.heldout is empty, so there is nothing to evaluate on: name at least one set")
+    for setting, value in (("siblings", config.siblings), ("sibling_records", config.sibling_records)):
+        if value < 0:
+            found.append(f"{setting} is {value}: set 0 or more")
+    if config.sibling_records and not config.siblings:
+        found.append(f"sibling_records is {config.sibling_records} and siblings 0: say how many are sampled of each")
     for name in config.policies:
         if not _STAGE_NAME.fullmatch(name):
             found.append(f"policies names one {name!r}: use letters, digits and _, it becomes a file's name")

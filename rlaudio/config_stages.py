@@ -41,6 +41,10 @@ class EvaluationConfig(RunConfig):
     recipe: str = "evaluate"
     # Name -> checkpoint, in the order in which they are compared. Empty: that of `model.path` alone
     policies: dict[str, str] = field(default_factory=dict, metadata=PATH)
+    # Dialogues that are sampled of a record, as training would, beside the greedy one: what diversity is measured on.
+    #   They lie in `siblings-POLICY-SET.json`. 0: none
+    siblings: int = 0
+    sibling_records: int = 0  # the first so many records of each set; 0: all that are evaluated
 
 
 @dataclass
@@ -59,6 +63,7 @@ class PipelineRunSettings:
     name: str = MISSING
     root: str = field(default="runs", metadata=PLACE)  # the pipeline's folder, NAME-seedN, is made here
     seed: int = 0  # of every stage that has none of its own
+    until: str = ""  # the last stage to run; started again with another one, or with none, it goes on
 
 
 @dataclass

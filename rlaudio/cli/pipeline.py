@@ -78,6 +78,9 @@ def _run_stages(
     contents = Contents(pipeline.folder / "contents.json")
     states: dict[str, StageState] = {}
     for number, stage in enumerate(pipeline.stages, start=1):
+        if states and next(reversed(states)) == pipeline.config.run.until:
+            print(f"run.until={pipeline.config.run.until}: go on with another one, or with none", flush=True)
+            break
         wanted = made_from(stage, configs[stage.name], contents)
         state = read_state(stage)
         title = f"== {stage.name} ({stage.recipe}), {number} of {len(pipeline.stages)}"

@@ -71,3 +71,59 @@ async def evaluate(
             told(f"{name}: {len(problems)} of {len(records)} dialogues had a problem, such as {': '.join(problems[0])}")
         results.append(EvaluationResult(name, phase, tuple(dialogues)))
     return results
+
+
+async def evaluate_siblings(
+    sets: Mapping[str, Sequence[PromptRecord]],
+    *,
+    num_siblings: int,
+    num_records: int,
+    rollouts: RolloutPool,
+    rewards: RewardPool,
+    progressed: Callable[[int, int], None],
+    told: Callable[[str], None],
+) -> list[EvaluationResult]:
+    """Sample so many dialogues of each of the first `num_records` records (0: all) of every set, as training would.
+
+    Args:
+        progressed, told: as of `evaluate`.
+
+    Returns:
+        One result per set, in which a record has several dialogues, one after another. One that could not be played or
+        judged is left out.
+
+    Raises:
+        RolloutError, JudgeError: of a set nothing could be played or judged.
+    """
+    chosen = {name: records[: num_records or None] for name, records in sets.items()}
+    total = sum(len(records) for records in chosen.values())
+    slots = asyncio.Semaphore(max(1, MAX_IN_FLIGHT // num_siblings) * max(1, len(rollouts.pool.handles)))
+    done = 0
+    errors: list[RolloutError | JudgeError] = []
+
+    async def one(record: PromptRecord, index: int) -> list[DialogueResult]:
+        nonlocal done
+        found: list[DialogueResult] = []
+        async with slots:
+            try:
+                played = await rollouts.sample(record, index=index, num_siblings=num_siblings, purpose="siblings")
+                found = await rewards.grade(played)
+            except (RolloutError, JudgeError) as error:
+                errors.append(error)
+        done += 1
+        progressed(done, total)
+        return found
+
+    results: list[EvaluationResult] = []
+    index = 0
+    for name, records in chosen.items():
+        numbered = list(enumerate(records, start=index))
+        index += len(records)
+        groups = await all_or_first_error(one(record, number) for number, record in numbered)
+        if errors and len(errors) == len(records):
+            raise errors[0]
+        if errors:
+            told(f"{name}: {len(errors)} of {len(records)} records had no siblings, such as: {errors[0]}")
+            errors.clear()
+        results.append(EvaluationResult(name, "after", tuple(one for group in groups for one in group)))
+    return results

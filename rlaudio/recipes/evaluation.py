@@ -7,7 +7,7 @@ from typing import Any
 
 from rlaudio.config_stages import EvaluationConfig
 from rlaudio.data.run_data import RunData
-from rlaudio.evals.heldout import evaluate
+from rlaudio.evals.heldout import evaluate, evaluate_siblings
 from rlaudio.evals.summary import EvaluationResult, read_evaluation, summarise, write_evaluation
 from rlaudio.observe.progress import Progress
 from rlaudio.observe.tracker import Tracker
@@ -30,8 +30,9 @@ async def run_evaluation(
     found: dict[str, list[EvaluationResult]] = {}
     for name, path in policies.items():
         files = {heldout: folder.path / f"evaluation-{name}-{heldout}.json" for heldout in data.heldout}
-        if not all(file.is_file() for file in files.values()):
-            await _evaluate_one(config, name, path, data=data, files=files, progress=progress)
+        more = {heldout: folder.path / f"siblings-{name}-{heldout}.json" for heldout in data.heldout if config.siblings}
+        if not all(file.is_file() for file in (*files.values(), *more.values())):
+            await _evaluate_one(config, name, path, data=data, files=files, more=more, progress=progress)
         found[name] = [read_evaluation(file) for file in files.values()]
     report = compare(found, paths=policies, seed=config.run.seed, num_resamples=config.evaluation.bootstrap)
     write_json_atomic(folder.report_json, report)
@@ -43,23 +44,46 @@ async def run_evaluation(
 
 
 async def _evaluate_one(
-    config: EvaluationConfig, name: str, path: str, *, data: RunData, files: Mapping[str, Path], progress: Progress
+    config: EvaluationConfig,
+    name: str,
+    path: str,
+    *,
+    data: RunData,
+    files: Mapping[str, Path],
+    more: Mapping[str, Path],
+    progress: Progress,
 ) -> None:
+    """`more`: set -> file of its siblings; empty where none are asked for."""
     progress.stage(f"starting engines for {name}")
     chosen = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
     async with playing_actors(chosen, told=progress.say) as actors:
-        progress.stage(f"held-out dialogues of {name}")
-        results = await evaluate(
-            data.heldout,
-            phase="after",
+        if not all(file.is_file() for file in files.values()):
+            progress.stage(f"held-out dialogues of {name}")
+            results = await evaluate(
+                data.heldout,
+                phase="after",
+                rollouts=actors.rollouts,
+                rewards=actors.rewards,
+                settings=config.evaluation,
+                progressed=progress.update,
+                told=progress.say,
+            )
+            for result in results:
+                write_evaluation(files[result.name], result)
+        if all(file.is_file() for file in more.values()):
+            return
+        progress.stage(f"sampled siblings of {name}")
+        sampled = await evaluate_siblings(
+            {heldout: records[: config.evaluation.max_dialogues or None] for heldout, records in data.heldout.items()},
+            num_siblings=config.siblings,
+            num_records=config.sibling_records,
             rollouts=actors.rollouts,
             rewards=actors.rewards,
-            settings=config.evaluation,
             progressed=progress.update,
             told=progress.say,
         )
-    for result in results:
-        write_evaluation(files[result.name], result)
+    for result in sampled:
+        write_evaluation(more[result.name], result)
 
 
 def compare(

@@ -121,6 +121,8 @@ def read_pipeline(path: str, overrides: tuple[str, ...] | list[str] = ()) -> Pip
             raise ConfigError(f"{path}: stage {settings.name!r} sets {', '.join(clash)}, which the pipeline decides")
         lines = tuple(f"{key}={json.dumps(value)}" for key, value in {**given, **forced}.items())
         stages.append(Stage(settings.name, settings.recipe, settings.config, lines, own, results))
+    if config.run.until and config.run.until not in places:
+        raise ConfigError(f"{path}: run.until is {config.run.until!r}, the stages are {', '.join(places)}")
     return Pipeline(config, folder, tuple(stages))
 
 

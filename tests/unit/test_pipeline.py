@@ -226,6 +226,19 @@ def test_what_changed_is_repeated_with_what_it_concerns(world: Path) -> None:
     assert ran_after(model, "tampered with", other) == ["cold resumed"]
 
 
+def test_it_stops_where_it_is_told_to_and_goes_on_from_there(world: Path) -> None:
+    def ran(*overrides: str) -> list[str]:
+        fake = FakeStages()
+        assert start(world, fake, *overrides) == 0
+        return [name for name, _ in fake.ran]
+
+    assert ran("run.until=cold") == ORDER[:2]
+    assert ran("run.until=cold") == []
+    assert ran("run.until=curation") == ORDER[2:4]
+    assert ran() == ORDER[4:]
+    assert "run.until is 'nowhere', the stages are mid, cold" in refused(world, "run.until=nowhere", began=True)
+
+
 def test_a_half_done_stage_of_other_settings_is_not_gone_on_with(world: Path) -> None:
     with pytest.raises(Killed):
         start(world, FakeStages(("cold", 1)))
@@ -249,12 +262,12 @@ def test_a_stage_that_fails_ends_the_pipeline_and_says_how_to_go_on(
 # ---- what is refused before anything runs -------------------------------------------------------------------------
 
 
-def refused(world: Path, *overrides: str) -> str:
+def refused(world: Path, *overrides: str, began: bool = False) -> str:
     fake = FakeStages()
     with pytest.raises(ConfigError) as caught:
         start(world, fake, *overrides)
     assert fake.ran == [], "nothing ran"
-    assert not (world / "runs").exists()
+    assert (world / "runs").exists() == began
     return str(caught.value)
 
 

@@ -10,6 +10,7 @@ import pytest
 from rlaudio.errors import AudioError, ConfigError, JudgeError
 from rlaudio.registry import load_object
 from rlaudio.rewards.base import JudgeServices, Scores
+from rlaudio.rewards.brevity import Brevity
 from rlaudio.rewards.reasoning import ReasoningPresent
 from rlaudio.rewards.rules import RulesKept
 from rlaudio.rewards.spoken import SpokenReply
@@ -106,6 +107,16 @@ async def test_reasoning_is_words_between_the_tags() -> None:
         assert [j.value for j in await one_by_one(source, record, "hi", thinking=thinking)] == [value], thinking
 
 
+async def test_brevity_counts_the_reply_alone_and_never_pays_for_ending_early() -> None:
+    record = PromptRecord("r", "t", (user(),))
+    source = Brevity(SERVICES, most=4)
+    for reply, value in (("", 1.0), ("one", 0.75), ("One, two!", 0.5), ("a b c d", 0.0), ("a b c d e", 0.0)):
+        assert [j.value for j in await one_by_one(source, record, reply)] == [value], reply
+        assert value >= source.unplayed
+    assert [j.value for j in await one_by_one(source, record, "one", thinking="many words " * 9)] == [0.75]
+    assert [j.value for j in await one_by_one(source, record, "one", thinking=None)] == [0.0]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
@@ -116,6 +127,7 @@ async def test_reasoning_is_words_between_the_tags() -> None:
         ("verified:VerifiedReward", {"unplayed": float("nan")}, "unplayed is nan"),
         ("verified:VerifiedReward", {"tolerance": "wide", "match": "numeric"}, "tolerance is 'wide'"),
         ("reasoning:ReasoningPresent", {"min_words": 5, "max_words": 3}, "swap them"),
+        ("brevity:Brevity", {"most": 0}, "most is 0, set at least 1"),
         ("spoken:SpokenReply", {"voice": "x:y", "targets": {}}, "targets is empty"),
         ("spoken:SpokenReply", {"voice": "x:y", "targets": {"pitch": [1, 2]}}, "targets.pitch is no measure: did you"),
         ("spoken:SpokenReply", {"voice": "x:y", "targets": {"stoi": [0, 1]}}, "it needs squim"),
