@@ -12,7 +12,7 @@ from rlaudio.config import ModelSettings, RunConfig, ServedModelSettings, SftCon
 from rlaudio.config_judges import RewardModelConfig
 from rlaudio.config_objects import unjudged_records
 from rlaudio.data.records import write_records
-from rlaudio.data.tiny import NUMBERS, Wanted, first_records, made_records, num_ids, words_of
+from rlaudio.data.tiny import NUMBERS, Wanted, first_records, made_records, num_ids, tag_of, words_of
 from rlaudio.dialogue.render import clip_pieces, supervised_turns
 from rlaudio.dialogue.users import played_turns, user_message
 from rlaudio.errors import ConfigError
@@ -26,6 +26,7 @@ from rlaudio.rewards.generative import GenerativeJudge
 from rlaudio.rewards.levels import NUM_LEVELS, Scale
 from rlaudio.rewards.preferences import read_preferences
 from rlaudio.rewards.prompt import PROMPT_WORDS, Comparison, JudgePrompt, Said
+from rlaudio.rewards.tagged import TaggedAnswer
 from rlaudio.types import Message, PromptRecord, TextPart
 
 NUM_TRAIN, NUM_HELDOUT = 8, 4
@@ -104,7 +105,9 @@ def _parts_of_run(config: RunConfig, named: set[str], places: Places) -> list[st
 def _sets_of_run(config: RunConfig, places: Places) -> Iterator[_Set]:
     data, sources = config.data, config.rewards.sources
     tasks = [*(task for source in sources for task in source.only.tasks), *data.augment.keep]
-    wanted = Wanted(list(dict.fromkeys(tasks)), list(dict.fromkeys(a for s in sources for a in s.only.axes)))
+    axes = [axis for source in sources for axis in source.only.axes]
+    tags = [str(s.options.get("tag", "answer")) for s in sources if load_object(s.judge) is TaggedAnswer]
+    wanted = Wanted(list(dict.fromkeys(tasks)), list(dict.fromkeys(axes)), tag=tags[0] if tags else "")
     if data.train:
         yield _Set(Path(data.train), places.file("train"), "train", NUM_TRAIN, wanted)
     for part, name in zip(data.mixture, part_names(data.mixture), strict=True):
@@ -149,6 +152,8 @@ def _replies(records: Sequence[PromptRecord], family: ModelFamily, store: ClipSt
                     continue
                 pool = _possible(message) if message.choices else pools[False]
                 text = pool[(number + shift) % len(pool)]
+                if (tag := tag_of(message.text)) and shift % 3:
+                    text = f"<{tag}> {text} </{tag}>"
                 thinking = f"heard {text}" if shift % 2 else ""
                 messages.append(Message("assistant", (TextPart(text),), thinking=thinking))
             for row in supervised_turns(replace(record, messages=tuple(messages)), family=family, clips=store):
