@@ -112,7 +112,8 @@ def _sets_of_run(config: RunConfig, places: Places) -> Iterator[_Set]:
         yield _Set(Path(data.train), places.file("train"), "train", NUM_TRAIN, wanted)
     for part, name in zip(data.mixture, part_names(data.mixture), strict=True):
         split = f"train-{name}"
-        yield _Set(Path(part.path), places.file(split), split, NUM_TRAIN, replace(wanted, spoken=_is_spoken(name)))
+        spoken = _is_spoken(f"{name} {Path(part.path).stem}")
+        yield _Set(Path(part.path), places.file(split), split, NUM_TRAIN, replace(wanted, spoken=spoken))
     for name, path in data.heldout.items():
         yield _Set(Path(path), places.file(f"heldout-{name}"), f"heldout-{name}", NUM_HELDOUT, wanted)
 
@@ -249,6 +250,8 @@ def _parts_of_judge(config: RewardModelConfig, named: set[str], places: Places) 
         scale, hears = Scale(levels), config.asking.hears == "sound"
         pairs = [one for _, new, _ in files for one in read_preferences(new, scale=scale, hears=hears, clips=store)]
         texts = [text for one in pairs for text in (one.comparison.reference, one.comparison.response)]
+        # Unknown words would make one prompt of several, held-out ones among them.
+        texts += [said.text for one in pairs for said in one.comparison.history]
         words = [
             *PROMPT_WORDS,
             *scale.words,
@@ -301,7 +304,7 @@ def _records(one: _Set, *, clips: ClipStore, store: ClipStore, complete: bool) -
 
 
 def _is_spoken(name: str) -> bool:
-    """A part of a mixture that is called text is made of text."""
+    """A part of a mixture whose name or file speaks of text is made of text."""
     return "text" not in name
 
 

@@ -36,8 +36,8 @@ def test_a_full_size_recipe_trains_tiny(example: str, tmp_path: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     assert report["groups"]["trained"] == 2 * 2
     curves = read_curves(run / "metrics/metrics.jsonl")
-    assert [step for step, _ in curves["learner/loss"]] == [0, 1]  # what is not finite is no point of a curve
-    assert [step for step, _ in curves["learner/grad_norm"]] == [0, 1]
+    assert [step for step, _ in curves["loss"]] == [0, 1]  # what is not finite is no point of a curve
+    assert [step for step, _ in curves["grad_norm"]] == [0, 1]
     assert json.loads((run / "doctor.json").read_text())  # the two sides were compared before the first step
     assert (run / "model/config.json").is_file()
     assert main(["audit", str(run)]) == 0

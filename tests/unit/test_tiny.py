@@ -67,7 +67,7 @@ RECIPE = [  # of what a recipe is, much, and far from the defaults
     "learner.warmup_steps=7",
     "rollout.encoder_device=cuda",
     "autoscale.rollout=[2, 8]",
-    "data.train=",
+    "data.train=''",
     "data.mixture=[{path: a/sound.jsonl, weight: 0.7}, {path: b/text.jsonl, weight: 0.3, name: words}]",
     "data.heldout={late: late.jsonl}",
     "data.licenses=[MIT]",
@@ -81,7 +81,7 @@ RECIPE = [  # of what a recipe is, much, and far from the defaults
 
 def leaves(value: Any, key: str = "") -> dict[str, Any]:
     """Dotted name, without the numbers of list entries -> values."""
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict):
         parts = [leaves(item, f"{key}.{name}".lstrip(".")) for name, item in value.items()]
     elif isinstance(value, list) and value and isinstance(value[0], dict):
         parts = [leaves(item, key) for item in value]
@@ -326,16 +326,13 @@ def test_a_tiny_reward_model_has_pairs_to_learn_from_and_to_hold_out(tmp_path: P
 # ---- what cannot be shrunk ----------------------------------------------------------------------------------------
 
 
-class NoMaker:
-    """A family of somebody else's."""
-
-    def __init__(self, path: str) -> None: ...
-
-
-def test_a_family_without_a_maker_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    full = load_config(RunConfig, R15, [f"run.root={tmp_path / 'runs'}"])
-    full.model.family = f"{__name__}:NoMaker"
-    with pytest.raises(ConfigError, match=r"model\.family=.*NoMaker.*make_tiny"):
+def test_a_family_without_a_maker_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "theirs.py").write_text("class Family:\n    def __init__(self, path): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    full = load_config(RunConfig, R15, [f"run.root={tmp_path / 'runs'}", "model.family=theirs:Family"])
+    with pytest.raises(ConfigError, match=r"model\.family=theirs:Family.*make_tiny"):
         tiny_run(full, [], config_path=str(R15), check=lambda _: ())
     assert not (tmp_path / "runs").exists()
 
