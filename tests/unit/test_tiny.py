@@ -29,6 +29,7 @@ from rlaudio.doctor.static.settings import problems_before_start
 from rlaudio.errors import ConfigError, DataError
 from rlaudio.models.families import open_family
 from rlaudio.recipes.reward_model import read_judge_data
+from rlaudio.recipes.tiny import Places, replacements
 from rlaudio.rewards.levels import FIVE
 from rlaudio.rewards.prompt import Comparison, JudgePrompt, Said
 from rlaudio.types import AudioPart, Message, PromptRecord, TextPart
@@ -314,6 +315,10 @@ def test_supervised_stages_keep_their_phases_and_never_write_where_the_file_says
     for path in (*(part.path for part in small.phases[0].mixture), small.phases[1].data):
         assert read_records(path, complete=True, clips=ClipStore(small.clips))
     assert open_family(small.model).path == Path(small.model.path)
+    given = ["phases[1].steps=9", "phases[1].data=other.jsonl", "model.path=other"]
+    keys = {change.key for change in replacements(full, Places(tmp_path), given=given)}
+    assert "phases[1].steps" not in keys
+    assert {"phases[0].steps", "phases[1].data", "model.path"} <= keys
 
 
 def test_a_tiny_reward_model_has_pairs_to_learn_from_and_to_hold_out(tmp_path: Path) -> None:
