@@ -47,12 +47,14 @@ class Wanted:
         tasks, axes: names to take turns; none makes "tiny" and no axis.
         spoken: False makes users write.
         complete: with replies, to learn from.
+        tag: that answers to choices shall stand between, "" for none.
     """
 
     tasks: Sequence[str] = ()
     axes: Sequence[str] = ()
     spoken: bool = True
     complete: bool = False
+    tag: str = ""
 
 
 def made_records(count: int, *, split: str, wanted: Wanted, store: ClipStore) -> list[PromptRecord]:
@@ -78,7 +80,9 @@ class _Maker:
     def _choice(self, index: int) -> list[Message]:
         right = index // 2 % len(THINGS)
         choices, letter = lettered(THINGS, right=right)
-        question = TextPart(asked(f"what is heard in {self._split} {index} ?", choices))
+        tag = self._wanted.tag
+        wish = f"\nthe final answer in <{tag}> </{tag}>" if tag else ""
+        question = TextPart(asked(f"what is heard in {self._split} {index} ?", choices) + wish)
         user = Message(
             "user",
             (*self._said(index, 0, None), question),
@@ -191,8 +195,14 @@ def _copied(record: PromptRecord, *, clips: ClipStore, store: ClipStore) -> Prom
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text as a word vocabulary has them: no whitespace, no angle brackets."""
-    return [word for piece in text.split() for word in re.split(r"[<>]", piece) if word]
+    """The words of a text as a word vocabulary has them: no whitespace, angle brackets only around tags."""
+    return re.findall(r"</?\w+>|[^\s<>]+", text)
+
+
+def tag_of(text: str) -> str | None:
+    """The name of the tags that a question wants the answer between, as in "in <answer> </answer>"."""
+    found = re.search(r"<(\w+)>\s*</\1>", text)
+    return found[1] if found else None
 
 
 def num_ids(record: PromptRecord, *, clips: ClipStore, rows_per_s: float, per_reply: int) -> int:

@@ -232,7 +232,8 @@ class TinyFamily(Protocol):
 
         Args:
             path: a new folder.
-            words: its vocabulary beside what the family's own templates write: no whitespace, no angle brackets.
+            words: its vocabulary beside what the family's own templates write: no whitespace, and angle brackets only
+                around tags such as "<answer>", which a family may leave out.
             seed: of the weights.
         """
         ...

@@ -45,6 +45,9 @@ _SHORT = "a run of minutes"
 _CONTEXT = "what the tiny checkpoint has positions for"
 _FOLDER = "in the run folder"
 
+_ALWAYS = re.compile(r"data\..*|clips|heldout|phases|phases\[\d+\]\.(data|mixture)\b.*|model\.path")
+"""What is shrunk also where the command line names it: the policy's checkpoint, and data."""
+
 
 @dataclass(frozen=True, slots=True)
 class Replaced:
@@ -123,7 +126,7 @@ def replacements(config: Config, places: Places, *, given: Sequence[str] = ()) -
     else:
         found = _of_phases(config, places)
     keys = [override.partition("=")[0].strip() for override in given]
-    kept = [key for key in keys if not key.startswith(("data.", "clips", "phases", "heldout", "model.path"))]
+    kept = [key for key in keys if not _ALWAYS.fullmatch(key)]
     return [one for one in found if one.old != one.new and not any(_within(one.key, key) for key in kept)]
 
 

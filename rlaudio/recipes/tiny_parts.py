@@ -12,7 +12,7 @@ from rlaudio.config import ModelSettings, RunConfig, ServedModelSettings, SftCon
 from rlaudio.config_judges import RewardModelConfig
 from rlaudio.config_objects import unjudged_records
 from rlaudio.data.records import write_records
-from rlaudio.data.tiny import NUMBERS, Wanted, first_records, made_records, num_ids, words_of
+from rlaudio.data.tiny import NUMBERS, Wanted, first_records, made_records, num_ids, tag_of, words_of
 from rlaudio.dialogue.render import clip_pieces, supervised_turns
 from rlaudio.dialogue.users import played_turns, user_message
 from rlaudio.errors import ConfigError
@@ -26,6 +26,7 @@ from rlaudio.rewards.generative import GenerativeJudge
 from rlaudio.rewards.levels import NUM_LEVELS, Scale
 from rlaudio.rewards.preferences import read_preferences
 from rlaudio.rewards.prompt import PROMPT_WORDS, Comparison, JudgePrompt, Said
+from rlaudio.rewards.tagged import TaggedAnswer
 from rlaudio.types import Message, PromptRecord, TextPart
 
 NUM_TRAIN, NUM_HELDOUT = 8, 4
@@ -104,12 +105,15 @@ def _parts_of_run(config: RunConfig, named: set[str], places: Places) -> list[st
 def _sets_of_run(config: RunConfig, places: Places) -> Iterator[_Set]:
     data, sources = config.data, config.rewards.sources
     tasks = [*(task for source in sources for task in source.only.tasks), *data.augment.keep]
-    wanted = Wanted(list(dict.fromkeys(tasks)), list(dict.fromkeys(a for s in sources for a in s.only.axes)))
+    axes = [axis for source in sources for axis in source.only.axes]
+    tags = [str(s.options.get("tag", "answer")) for s in sources if load_object(s.judge) is TaggedAnswer]
+    wanted = Wanted(list(dict.fromkeys(tasks)), list(dict.fromkeys(axes)), tag=tags[0] if tags else "")
     if data.train:
         yield _Set(Path(data.train), places.file("train"), "train", NUM_TRAIN, wanted)
     for part, name in zip(data.mixture, part_names(data.mixture), strict=True):
         split = f"train-{name}"
-        yield _Set(Path(part.path), places.file(split), split, NUM_TRAIN, replace(wanted, spoken=_is_spoken(name)))
+        spoken = _is_spoken(f"{name} {Path(part.path).stem}")
+        yield _Set(Path(part.path), places.file(split), split, NUM_TRAIN, replace(wanted, spoken=spoken))
     for name, path in data.heldout.items():
         yield _Set(Path(path), places.file(f"heldout-{name}"), f"heldout-{name}", NUM_HELDOUT, wanted)
 
@@ -149,6 +153,8 @@ def _replies(records: Sequence[PromptRecord], family: ModelFamily, store: ClipSt
                     continue
                 pool = _possible(message) if message.choices else pools[False]
                 text = pool[(number + shift) % len(pool)]
+                if (tag := tag_of(message.text)) and shift % 3:
+                    text = f"<{tag}> {text} </{tag}>"
                 thinking = f"heard {text}" if shift % 2 else ""
                 messages.append(Message("assistant", (TextPart(text),), thinking=thinking))
             for row in supervised_turns(replace(record, messages=tuple(messages)), family=family, clips=store):
@@ -244,6 +250,8 @@ def _parts_of_judge(config: RewardModelConfig, named: set[str], places: Places) 
         scale, hears = Scale(levels), config.asking.hears == "sound"
         pairs = [one for _, new, _ in files for one in read_preferences(new, scale=scale, hears=hears, clips=store)]
         texts = [text for one in pairs for text in (one.comparison.reference, one.comparison.response)]
+        # Unknown words would make one prompt of several, held-out ones among them.
+        texts += [said.text for one in pairs for said in one.comparison.history]
         words = [
             *PROMPT_WORDS,
             *scale.words,
@@ -296,7 +304,7 @@ def _records(one: _Set, *, clips: ClipStore, store: ClipStore, complete: bool) -
 
 
 def _is_spoken(name: str) -> bool:
-    """A part of a mixture that is called text is made of text."""
+    """A part of a mixture whose name or file speaks of text is made of text."""
     return "text" not in name
 
 

@@ -16,10 +16,13 @@ from rlaudio.config_loader import load_config
 from rlaudio.doctor.rows import Row, failures
 from rlaudio.doctor.static import static_rows
 from rlaudio.doctor.static.placement import Actor, Machines, place
+from rlaudio.doctor.static.settings import problems_before_start
 
 ROOT = Path(__file__).resolve().parents[2]
 R1 = ROOT / "examples/step_audio_r1_5/config.yaml"
 QUICKSTART = ROOT / "examples/quickstart/config.yaml"
+AQA = ROOT / "examples/qwen2_audio_aqa/config.yaml"
+OMNI = ROOT / "examples/qwen2_5_omni/config.yaml"
 
 
 def rows_of(*overrides: str, config: Path = R1) -> dict[str, Row]:
@@ -41,11 +44,28 @@ def settings_in(text: str) -> list[str]:
 LAPTOP = ["cluster.nodes=1", "cluster.cpus_per_node=2", "cluster.memory_gb=8"]  # not the machine this test runs on
 
 
-@pytest.mark.parametrize(("config", "overrides"), [(R1, []), (QUICKSTART, LAPTOP)], ids=["r1.5", "quickstart"])
+EXAMPLES = [(R1, []), (AQA, []), (OMNI, []), (QUICKSTART, LAPTOP)]
+
+
+@pytest.mark.parametrize(("config", "overrides"), EXAMPLES, ids=["r1.5", "aqa", "omni", "quickstart"])
 def test_the_examples_pass(config: Path, overrides: Sequence[str]) -> None:
+    load_config(RunConfig, config, overrides, check=problems_before_start)
     rows = static_rows(load_config(RunConfig, config, overrides))
     assert not failures(rows)
     assert [row.name for row in rows if row.verdict == "skipped"] == []
+
+
+def test_every_example_with_a_run_is_looked_at() -> None:
+    assert {config for config, _ in EXAMPLES} == set((ROOT / "examples").glob("*/config.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("config", "billions", "trained"), [(AQA, 8.4, 7.8), (OMNI, 4.0, 3.4)], ids=["Qwen2-Audio-7B", "Qwen2.5-Omni-3B"]
+)
+def test_public_sizes(config: Path, billions: float, trained: float) -> None:
+    row = rows_of(config=config)["static_model"]
+    assert row.measured["total_b"] == pytest.approx(billions, abs=0.05)
+    assert row.measured["trained_b"] == pytest.approx(trained, abs=0.05)
 
 
 def test_the_33b_is_measured_as_it_is_known() -> None:

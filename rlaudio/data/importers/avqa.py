@@ -6,7 +6,7 @@ an `audio_path`. A sound's file may be named `ID_000030` as in the list or `ID_3
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,49 @@ from rlaudio.data.importers.base import (
     lettered,
     the_file,
 )
-from rlaudio.types import Message, PromptRecord, TextPart
+from rlaudio.types import Choice, Message, PromptRecord, TextPart
 
 
 class Avqa:
+    """Questions with lettered choices below them."""
+
     license: str | None = None
 
     def items(self, source: Path) -> Iterator[Item]:
         listing = the_file(source, "*_qa.json", "*.jsonl", "*.json")
         files = {path.stem: path for path in sorted(source.rglob("*")) if path.suffix.lower() in SOUND_SUFFIXES}
         for place, fields in json_items(listing):
-            yield Item(place, partial(_record, fields, source, files))
+            yield Item(place, partial(_record, fields, source, files, self.ask))
+
+    def ask(self, question: str, choices: Sequence[Choice]) -> str:
+        """What the policy reads beside the sound."""
+        return asked(question, choices)
 
 
-def _record(fields: Mapping[str, Any], source: Path, files: Mapping[str, Path], sounds: Sounds) -> PromptRecord:
+class AvqaTagged(Avqa):
+    """The same in the words of R1-AQA's published code, which NeMo-RL took over: an answer between tags.
+
+    For `rlaudio.rewards.tagged:TaggedAnswer`.
+    """
+
+    def ask(self, question: str, choices: Sequence[Choice]) -> str:
+        texts = [choice.text for choice in choices]
+        return (
+            f"{question.replace('video', 'audio')} Please choose the answer from the following options: {texts}. "
+            "Output the final answer in <answer> </answer>."
+        )
+
+
+def _record(
+    fields: Mapping[str, Any],
+    source: Path,
+    files: Mapping[str, Path],
+    ask: Callable[[str, Sequence[Choice]], str],
+    sounds: Sounds,
+) -> PromptRecord:
     choices, answer = lettered(field(fields, "multi_choice", list), right=field(fields, "answer", int))
     part = sounds.take(_sound(fields, source, files))
-    text = TextPart(asked(field(fields, "question_text", str), choices))
+    text = TextPart(ask(field(fields, "question_text", str), choices))
     message = Message("user", (part, text), answer=answer, choices=choices)
     task = str(fields.get("question_type") or "audio question").lower()
     return PromptRecord(f"avqa-{field(fields, 'id', int)}", task, (message,), axis=fields.get("question_relation"))

@@ -1,7 +1,7 @@
 """Layouts by name; another is `package.module:Class` of the same protocol."""
 
 from rlaudio.data.importers.audiomcq import AudioMcq
-from rlaudio.data.importers.avqa import Avqa
+from rlaudio.data.importers.avqa import Avqa, AvqaTagged
 from rlaudio.data.importers.base import Importer
 from rlaudio.data.importers.multi_challenge import MultiChallenge
 from rlaudio.data.importers.spokenwoz import SpokenWoz
@@ -11,6 +11,7 @@ from rlaudio.registry import load_object
 
 IMPORTERS: dict[str, type[Importer]] = {
     "avqa": Avqa,
+    "avqa-tagged": AvqaTagged,
     "audiomcq": AudioMcq,
     "spokenwoz": SpokenWoz,
     "uro-bench": UroBench,

@@ -52,17 +52,18 @@ def build_byte_tokenizer() -> TokenizerFile:
 def build_word_tokenizer(words: list[str]) -> TokenizerFile:
     """A tokenizer of whole words, for small checkpoints: `words` in order, duplicates dropped, then the control tokens.
 
-    `<think>` and `</think>` may be among them and are ordinary words, as in public vocabularies ordinary text; other
-    brackets stand alone. What is not among them is `<unk>`, which no text spells and no policy samples.
+    Tags such as `</think>` may be among them and are ordinary words, as in public vocabularies ordinary text. What is
+    not among them is `<unk>`, which no text spells and no policy samples.
     """
-    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(("\n", *words)))}
-    vocabulary |= {token: len(vocabulary) + index for index, token in enumerate((*CONTROL_TOKENS, UNKNOWN))}
+    control = (*CONTROL_TOKENS, UNKNOWN)
+    ordinary = [word for word in dict.fromkeys(("\n", *words)) if word not in control]
+    vocabulary = {token: index for index, token in enumerate((*ordinary, *control))}
     tokenizer = TokenizerFile(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split("\n", "isolated"),
             pre_tokenizers.Split(Regex(r"[^\S\n]+"), "removed"),
-            pre_tokenizers.Split(Regex(r"</?think>|[<>]"), "isolated"),
+            pre_tokenizers.Split(Regex(r"</?\w+>|[<>]"), "isolated"),
         ]
     )
     tokenizer.decoder = decoders.Sequence(
@@ -73,7 +74,6 @@ def build_word_tokenizer(words: list[str]) -> TokenizerFile:
             decoders.Replace("\n ", "\n"),
         ]
     )
-    control = (*CONTROL_TOKENS, UNKNOWN)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     return tokenizer
 

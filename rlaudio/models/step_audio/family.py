@@ -59,7 +59,7 @@ class StepAudio:
     @classmethod
     def make_tiny(cls, path: Path, *, words: Sequence[str], seed: int) -> None:
         # Public checkpoints have an output projection of their own.
-        create_tiny(path, words=list(words), seed=seed, tied=False)
+        create_tiny(path, words=[word for word in words if not {*word} & {*"<>"}], seed=seed, tied=False)
 
     def pieces(self, num_samples: int) -> tuple[tuple[int, int], ...]:
         return self.ears.pieces(num_samples)
