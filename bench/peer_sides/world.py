@@ -21,8 +21,8 @@ from transformers import Qwen2AudioConfig
 from rlaudio.audio.store import ClipStore
 from rlaudio.data.records import write_records
 from rlaudio.models import checkpoints
-from rlaudio.models.qwen_audio.config import tiny_qwen2_audio
-from rlaudio.models.qwen_audio.family import DEFAULT_SYSTEM, PREPROCESSOR_FILE, Qwen2Audio
+from rlaudio.models.qwen_audio.config import PREPROCESSOR_FILE, tiny_qwen2_audio
+from rlaudio.models.qwen_audio.family import DEFAULT_SYSTEM, Qwen2Audio
 from rlaudio.models.qwen_audio.modeling import Qwen2AudioModule
 from rlaudio.models.qwen_audio.tokenizer import QwenTokenizer, build_byte_tokenizer
 from rlaudio.types import SAMPLE_RATE_HZ, AudioPart, FloatArray, Message, PromptRecord, TextPart

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PretrainedConfig, Qwen2_5OmniConfig, Qwen2AudioConfig, Qwen2Config
 
+PREPROCESSOR_FILE = "preprocessor_config.json"
+
 ROPE_AXES_KEYS = ("mrope_section", "type")
 
 

@@ -15,7 +15,7 @@ from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5O
 from rlaudio.errors import CheckpointError
 from rlaudio.models import checkpoints
 from rlaudio.models.base import AudioPolicy, ChatStyle, Placing
-from rlaudio.models.qwen_audio.config import unsupported
+from rlaudio.models.qwen_audio.config import PREPROCESSOR_FILE, unsupported
 from rlaudio.models.qwen_audio.ears import (
     OMNI_WINDOW_SAMPLES,
     WINDOW_OVERRIDE,
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 QWEN2_AUDIO_ARCHITECTURE = "RlaudioQwen2Audio"
 OMNI_ARCHITECTURE = "RlaudioQwen25OmniThinker"
-
-PREPROCESSOR_FILE = "preprocessor_config.json"
 
 OMNI_UNUSED = ("thinker.visual.", "thinker.audio_tower.audio_bos_eos_token.", "talker.", "token2wav.")
 """Public names that the thinker does not need to listen and to write: eyes, voice, and two embeddings for video."""
@@ -175,9 +173,9 @@ class Qwen2Audio(QwenAudioFamily):
 
     @classmethod
     def make_tiny(cls, path: Path, *, words: Sequence[str], seed: int) -> None:
-        from rlaudio.models.qwen_audio.tiny import create_tiny_qwen2_audio
+        from rlaudio.models.qwen_audio.writing import write_tiny_qwen2_audio
 
-        create_tiny_qwen2_audio(path, seed=seed, words=(*MARKS, *words))
+        write_tiny_qwen2_audio(path, seed=seed, words=(*MARKS, *words))
 
     def build_module(self) -> QwenAudioModule:
         from rlaudio.models.qwen_audio.modeling import Qwen2AudioModule
@@ -216,9 +214,9 @@ class Qwen25OmniThinker(QwenAudioFamily):
 
     @classmethod
     def make_tiny(cls, path: Path, *, words: Sequence[str], seed: int) -> None:
-        from rlaudio.models.qwen_audio.tiny import create_tiny_qwen25_omni
+        from rlaudio.models.qwen_audio.writing import write_tiny_qwen25_omni
 
-        create_tiny_qwen25_omni(path, seed=seed, words=(*MARKS, *words))
+        write_tiny_qwen25_omni(path, seed=seed, words=(*MARKS, *words))
 
     def frozen(self, name: str) -> bool:
         """`proj` is the adaptor and is trained, though it lies in the tower by name."""
