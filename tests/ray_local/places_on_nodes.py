@@ -14,10 +14,8 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
 from rlaudio.config import RunConfig
-from rlaudio.errors import ClusterError, ConfigError
+from rlaudio.errors import ClusterError
 from rlaudio.recipes.places import Places, reserve, wishes
-from rlaudio.recipes.rl import running_actors
-from rlaudio.types import WeightVersion
 
 HEAD = {"num_cpus": 8, "num_gpus": 4, "include_dashboard": False}
 
@@ -180,18 +178,6 @@ def test_room_that_comes_free_is_waited_for(cluster: Cluster) -> None:
     places = asyncio.run(waited())
     places.release()
     assert len(told) == 1 and told[0].startswith("waiting for room: the run asks for")
-
-
-def test_a_run_whose_parts_cannot_be_made_gives_its_room_back(cluster: Cluster) -> None:
-    config = config_of(model__path="/nowhere")
-
-    async def start() -> None:
-        async with running_actors(config, version=WeightVersion(0, 0), checkpoint=None, told=print):
-            pytest.fail("there is no such checkpoint")
-
-    with pytest.raises(ConfigError, match="'/nowhere' is not a folder"):
-        asyncio.run(start())
-    wait_until(lambda: groups_left() == 0)
 
 
 def test_a_private_ray_is_left_alone(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
