@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlaudio.config import RunConfig
@@ -69,13 +69,14 @@ class Places:
     def options(self, role: str) -> dict[str, Any]:
         """Options for the next actor of `role`: a reserved place, or none when all are taken and Ray finds another.
 
-        A place is free again when the actor in it has died, so a restarted actor comes back to it.
+        A place is free again when the actor in it has died, so a restarted actor comes back to it. One whose node died
+        is waited for: it takes the room of the next node, where without it there might be none left.
         """
         if role not in self._groups:
             return {}
         wish, group = self._groups[role]
         given = self._num_given.get(role, 0)
-        if given >= wish.count and not _has_room(wish, group):
+        if given >= wish.count and not _is_homeless(group) and not _has_room(wish, group):
             return {}
         self._num_given[role] = given + 1
         return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
@@ -140,6 +141,12 @@ async def reserve(config: RunConfig, *, told: Callable[[str], None]) -> Places:
         places.release()
         raise
     return places
+
+
+def _is_homeless(group: PlacementGroup) -> bool:
+    """Whether Ray looks for a node for some of it."""
+    state: str = placement_group_table(group)["state"]
+    return state != "CREATED"
 
 
 def _has_room(wish: Wish, group: PlacementGroup) -> bool:

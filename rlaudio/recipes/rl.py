@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -233,24 +233,28 @@ async def running_actors(
         synced: hears of every broadcast of weights.
     """
     environment = actor_environment()
-    places = await reserve(config, told=told)
-    rollouts = RolloutPool(config, environment=environment, told=told, place=places.options)
-    rewards = RewardPool(config, environment=environment, told=told, place=places.options)
-    learner = LearnerGroup(
-        trainer_spec(config, version),
-        algorithm=config.algorithm,
-        env_vars=environment,
-        place=lambda: places.own("learner"),
-    )
-    transport = transport_of(
-        config.sync,
-        receivers=rollouts.pool,
-        senders=learner,
-        on_gpu=config.learner.num_gpus > 0,
-        told=synced,
-    )
-    weights = JoinableWeights(transport, receivers=rollouts.pool, version=version)
-    try:
+    async with AsyncExitStack() as ends:
+        places = await reserve(config, told=told)
+        ends.callback(places.release)
+        rollouts = RolloutPool(config, environment=environment, told=told, place=places.options)
+        ends.callback(rollouts.pool.stop)
+        rewards = RewardPool(config, environment=environment, told=told, place=places.options)
+        ends.callback(rewards.pool.stop)
+        learner = LearnerGroup(
+            trainer_spec(config, version),
+            algorithm=config.algorithm,
+            env_vars=environment,
+            place=lambda: places.own("learner"),
+        )
+        ends.push_async_callback(learner.stop)
+        transport = transport_of(
+            config.sync,
+            receivers=rollouts.pool,
+            senders=learner,
+            on_gpu=config.learner.num_gpus > 0,
+            told=synced,
+        )
+        weights = JoinableWeights(transport, receivers=rollouts.pool, version=version)
         await asyncio.gather(rollouts.start(version), rewards.start(), learner.start())
         watch = JudgeWatch(lambda: _judges_health(rewards.pool), told=told, slow_after_s=config.rewards.slow_after_s)
         async with (
@@ -262,11 +266,6 @@ async def running_actors(
             if checkpoint is not None:
                 version = await bring_back(learner, weights, checkpoint)
             yield RunActors(rollouts, rewards, learner, weights, watch, version, scaling)
-    finally:
-        rollouts.pool.stop()
-        rewards.pool.stop()
-        await learner.stop()
-        places.release()
 
 
 @asynccontextmanager

@@ -16,8 +16,9 @@ ATTEMPTS = 4
 # Ray 2.60: a node that is killed is noticed after five health checks in a row, of 3 s each unless told otherwise.
 _HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_timeout_ms": 10_000}
 _PATIENCE = {
-    "RAY_raylet_start_wait_time_s": "60",
-    "RAY_gcs_server_request_timeout_seconds": "200",
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_gcs_server_request_timeout_seconds": "300",
     "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }

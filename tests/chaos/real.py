@@ -31,8 +31,8 @@ from tests.chaos.nodes import Nodes
 
 QUICKSTART = ROOT / "examples" / "quickstart"
 STEPS, EVERY, PER_STEP = 6, 2, 2
-LIFE_DEADLINE_S = 1500.0
-"""Of a process: far above what one takes; a wait that nobody ends is a failure."""
+LIFE_DEADLINE_S, PATIENCE_S = 3000.0, 1200.0
+"""Of a process, and of every wait in it: far above what they take; one that nobody ends is a failure."""
 LOOK_S, FAR_LOOK_S = 0.001, 0.2
 """Between two looks at what the processes do: when one is about to be killed, and before."""
 FAR_OFF = 0.01
@@ -232,8 +232,10 @@ def _configured(cell: RealCell, *, world: Path, folder: Path) -> Path:
     config["data"] = {"train": str(world / "train.jsonl"), "clips": str(world)}
     config["algorithm"] |= {"group_size": 4, "groups_per_step": PER_STEP}
     # Of four and one CPU: ranks fit on one node alone, and fill it; engine and judge fill the other.
-    config["learner"] |= {"ranks": 2, "num_cpus": 2.0}
-    config["rollout"]["num_cpus"] = config["rewards"]["num_cpus"] = 0.5
+    config["learner"] |= {"ranks": 2, "num_cpus": 2.0, "start_deadline_s": PATIENCE_S, "step_deadline_s": PATIENCE_S}
+    for role in ("rollout", "rewards"):
+        config[role] |= {"num_cpus": 0.5, "start_deadline_s": PATIENCE_S, "group_deadline_s": PATIENCE_S}
+    config["sync"] = {"deadline_s": PATIENCE_S}
     judge = config["rewards"]["judge_model"]
     judge["path"] = str(QUICKSTART / judge["path"])
     if not cell.judged:

@@ -51,7 +51,7 @@ def started(start: Callable[[], Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster() -> Iterator[Cluster]:
     """Two nodes of four GPUs."""
     assert not ray.is_initialized()
     cluster = started(lambda: Cluster(initialize_head=True, head_node_args=HEAD))
@@ -60,7 +60,7 @@ def cluster() -> Iterator[None]:
     os.environ["RAY_ADDRESS"] = cluster.address
     try:
         ray.init(address=cluster.address, log_to_driver=False, namespace="places")
-        yield
+        yield cluster
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -93,7 +93,7 @@ def wait_until(true: Any, *, deadline_s: float = 100.0) -> None:
         time.sleep(0.1)
 
 
-def test_ranks_are_packed_and_judges_are_apart(cluster: None) -> None:
+def test_ranks_are_packed_and_judges_are_apart(cluster: Cluster) -> None:
     config = config_of()
     told: list[str] = []
     places = asyncio.run(reserve(config, told=told.append))
@@ -123,7 +123,30 @@ def test_ranks_are_packed_and_judges_are_apart(cluster: None) -> None:
     wait_until(lambda: ray.available_resources().get("GPU") == 8)
 
 
-def test_what_is_missing_is_said_and_nothing_is_kept(cluster: None) -> None:
+def test_who_was_lost_with_a_node_waits_for_the_place_that_it_had(cluster: Cluster) -> None:
+    """The place comes back with the next node and takes all of it: beside it there would be no room, ever."""
+    big = {"num_cpus": 1, "num_gpus": 8}
+    node = started(lambda: cluster.add_node(**big))
+    config = config_of(rollout__num_gpus=8.0, rollout__num_cpus=1.0, rewards__actors=1)
+    places = asyncio.run(reserve(config, told=print))
+    try:
+        engines = made(places, config, "rollout", 1)
+        (lost,) = nodes_of(engines)
+        assert places.options("rollout") == {}
+        cluster.remove_node(node)
+        wait_until(lambda: lost not in [node["NodeID"] for node in ray.nodes() if node["Alive"]])
+        assert places.options("rollout") != {}, "Ray looks for another node for it"
+        again = made(places, config, "rollout", 1)
+        node = started(lambda: cluster.add_node(**big))
+        assert nodes_of(again) != [lost]
+        assert places.options("rollout") == {}, "it is taken"
+    finally:
+        places.release()
+    cluster.remove_node(node)
+    wait_until(lambda: groups_left() == 0 and len([node for node in ray.nodes() if node["Alive"]]) == 2)
+
+
+def test_what_is_missing_is_said_and_nothing_is_kept(cluster: Cluster) -> None:
     told: list[str] = []
     config = config_of(rollout__actors=8, cluster__room_deadline_s=1.0)
     with pytest.raises(ClusterError) as caught:
@@ -139,7 +162,7 @@ def test_what_is_missing_is_said_and_nothing_is_kept(cluster: None) -> None:
     wait_until(lambda: groups_left() == 0)
 
 
-def test_room_that_comes_free_is_waited_for(cluster: None) -> None:
+def test_room_that_comes_free_is_waited_for(cluster: Cluster) -> None:
     holder = ray.remote(Actor).options(num_gpus=4).remote()
     nodes_of([holder])
     told: list[str] = []
@@ -157,7 +180,7 @@ def test_room_that_comes_free_is_waited_for(cluster: None) -> None:
     assert len(told) == 1 and told[0].startswith("waiting for room: the run asks for")
 
 
-def test_a_private_ray_is_left_alone(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_private_ray_is_left_alone(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS")
     places = asyncio.run(reserve(config_of(), told=print))
     assert places.options("learner") == {} and groups_left() == 0

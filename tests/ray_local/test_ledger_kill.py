@@ -16,13 +16,17 @@ from rlaudio.experience.audit import LedgerSums, audit
 from tests.ray_local.ledger_world import PER_STEP, RAY_IS_UP, STEPS
 
 KILLS, ATTEMPTS = 3, 5
-PATIENCE = {"RAY_raylet_start_wait_time_s": "60", "RAY_gcs_server_request_timeout_seconds": "200"}
+PATIENCE = {
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_gcs_server_request_timeout_seconds": "300",
+}
 
 
 def drive(root: Path, run: Path | None, *, kill_after: int | None, log: Path) -> int:
     """One life of the run; killed some moments after so many steps of it. Its exit code.
 
-    Ray 2.60 gives a node 30 s to come up, here 60 s: on a machine too busy for that the life has not begun, and is
+    Ray 2.60 gives a node 30 s to come up, here 300 s: on a machine too busy for that the life has not begun, and is
     begun again; why is printed.
     """
     for _ in range(ATTEMPTS):
