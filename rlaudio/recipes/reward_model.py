@@ -24,7 +24,7 @@ from rlaudio.errors import ConfigError
 from rlaudio.models.base import ModelFamily
 from rlaudio.models.families import open_family
 from rlaudio.recipes.judges import read_sets
-from rlaudio.recipes.sft import load_rows
+from rlaudio.recipes.sft import load_rows, require_learnable
 from rlaudio.rewards.agreement import agreement_records
 from rlaudio.rewards.judged_sets import JudgedSet, labelled_set
 from rlaudio.rewards.levels import Scale
@@ -57,7 +57,7 @@ def read_judge_data(config: RewardModelConfig) -> JudgeData:
     """Read, check and split.
 
     Raises:
-        DataError: a file cannot be read or holds bad records, or something held out is learned from.
+        DataError: a file cannot be read or holds bad records, or something held out is learned from, or a reply cannot be learned.
     """
     family = open_family(config.model)
     scale = Scale(config.asking.levels)
@@ -86,8 +86,9 @@ def read_judge_data(config: RewardModelConfig) -> JudgeData:
         else load_rows(path, family=family, clips=config.clips)
         for path in paths
     }
-    for batch in rows.values():
+    for path, batch in rows.items():
         require_rows_apart(batch, heldout, prompt)
+        require_learnable(batch, path=path, banned=family.tokenizer.ids.banned)
     own = labelled_set(HELDOUT, heldout, scale=scale, num_resamples=config.calibration.bootstrap)
     return JudgeData(rows, tuple(train), tuple(heldout), (own, *read_sets(judge_config(config))))
 

@@ -54,6 +54,9 @@ async def run_sft(
 
     A cancelled run (Ctrl-C) saves where it stands, and exports what was trained so far to the new folder `stopped`: to
     start another run from.
+
+    Raises:
+        As `load_rows`.
     """
     shares = [phase_shares(phase) for phase in config.phases]
     batches = dict(rows or {})
@@ -233,8 +236,14 @@ def load_rows(path: str, *, family: ModelFamily, clips: str) -> pa.RecordBatch:
     """Supervised rows of a data file: records with given replies (JSONL), or rows made before (`.arrow`).
 
     Raises:
-        DataError: the file cannot be read, or holds nothing to learn from.
+        DataError: the file cannot be read, holds nothing to learn from, or a reply that cannot be learned.
     """
+    rows = _loaded(path, family=family, clips=clips)
+    require_learnable(rows, path=path, banned=family.tokenizer.ids.banned)
+    return rows
+
+
+def _loaded(path: str, *, family: ModelFamily, clips: str) -> pa.RecordBatch:
     if path.endswith(".arrow"):
         try:
             table = pa.ipc.open_file(path).read_all().combine_chunks()
@@ -245,6 +254,22 @@ def load_rows(path: str, *, family: ModelFamily, clips: str) -> pa.RecordBatch:
         return batch
     store = ClipStore(clips)
     return supervised_batch(read_records(path, complete=True, clips=store), family=family, clips=store)
+
+
+def require_learnable(rows: pa.RecordBatch, *, path: str, banned: Sequence[int]) -> None:
+    """Raises DataError when a reply holds an id that is masked out of sampling: its loss would be past all bounds."""
+    column = rows.column("response_ids")
+    ids = column.flatten().to_numpy()
+    bad = np.flatnonzero(np.isin(ids, np.asarray(banned, dtype=np.int64)))
+    if not len(bad):
+        return
+    row = int(np.searchsorted(np.cumsum(column.value_lengths().to_numpy()), bad[0], side="right"))
+    first = {name: rows.column(name)[row].as_py() for name in ("prompt_id", "turn", "thinking", "reply")}
+    raise DataError(
+        f"{path}: replies hold {len(bad)} ids that a policy never samples; the first is {ids[bad[0]]}, in "
+        f"{first['prompt_id']!r}, turn {first['turn']}: {first['thinking'] or ''!r}, {first['reply']!r}. Words that "
+        "the tokenizer does not know become such ids: take them out, or begin with a checkpoint that knows them"
+    )
 
 
 def supervised_batch(records: list[PromptRecord], *, family: ModelFamily, clips: ClipStore) -> pa.RecordBatch:

@@ -14,11 +14,15 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))
 
 from spoken_world import make, tasks
 from spoken_world import vocabulary as v
+from spoken_world.heldout import write_heldout
+from spoken_world.stages import write_pairs
 from spoken_world.voice import EspeakVoice, synthesizer
 
 from rlaudio.audio.store import ClipStore
 from rlaudio.data.records import read_records
 from rlaudio.errors import AudioError, DataError
+from rlaudio.rewards.preference_rows import require_apart
+from rlaudio.rewards.preferences import read_preferences
 from rlaudio.rewards.verifiers import turn_correct
 from rlaudio.types import AudioPart, FloatArray, Message, PromptRecord, TextPart
 
@@ -286,3 +290,11 @@ def test_the_cold_start_has_the_same_sounds_and_questions_as_the_base(world: Pat
     for cold, warm in zip(shown, base, strict=False):
         assert cold.id != warm.id
         assert [m for m in cold.messages if m.role == "user"] == [m for m in warm.messages if m.role == "user"]
+
+
+def test_a_stage_learns_from_no_comparison_that_its_report_is_about(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "train.jsonl", seed=13, num=600)  # some of this seed are held out, or mirror one
+    write_heldout(tmp_path / "heldout.jsonl")
+    train, heldout = (read_preferences(tmp_path / name) for name in ("train.jsonl", "heldout.jsonl"))
+    assert 550 < len(train) < 600 and len(heldout) == 300
+    require_apart(train, heldout)

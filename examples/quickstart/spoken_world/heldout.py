@@ -11,11 +11,16 @@ from spoken_world.judging import JUDGE_PHASES, JudgePair, judge_pairs
 
 
 def write_heldout(path: Path, *, seed: int = 99, num: int = 300) -> None:
-    """The comparisons of `judging.calibrate_judge`, which are mixed as in the judge's last phase."""
-    phase = JUDGE_PHASES[-1]
-    pairs = judge_pairs(seed=seed, num=num, items=phase.items, plain=phase.plain, heldout=True)
+    """The comparisons of `judging.calibrate_judge`."""
+    pairs = heldout_pairs(seed=seed, num=num)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in pair_lines(pairs)))
+
+
+def heldout_pairs(*, seed: int = 99, num: int = 300) -> Iterator[JudgePair]:
+    """Mixed as in the judge's last phase."""
+    phase = JUDGE_PHASES[-1]
+    return judge_pairs(seed=seed, num=num, items=phase.items, plain=phase.plain, heldout=True)
 
 
 def pair_lines(pairs: Iterator[JudgePair]) -> Iterator[dict[str, object]]:

@@ -166,7 +166,11 @@ def judge_pairs(
 def judge_rows(family: ModelFamily, *, seed: int, num: int, phase: JudgePhase = JUDGE_PHASES[-1]) -> pa.RecordBatch:
     """Supervised rows in the experience schema: `prompt_ids` is what the judge reads, `response_ids` what it writes."""
     prompt = JudgePrompt(family.tokenizer, style=family.style)
-    pairs = list(judge_pairs(seed=seed, num=num, items=phase.items, plain=phase.plain, attacked=phase.attacked))
+    banned = set(family.tokenizer.ids.banned)
+    drawn = judge_pairs(seed=seed, num=2 * num, items=phase.items, plain=phase.plain, attacked=phase.attacked)
+    # A judge without the word for foreign words cannot learn what is said of them.
+    writable = (pair for pair in drawn if not banned & set(prompt.answer(pair.rationale[0], pair.verdict).tolist()))
+    pairs = list(itertools.islice(writable, num))
     rationales = [pair.rationale[pair.response_first] for pair in pairs]
     return make_batch(
         prompt_id=[f"judge-{seed}-{index}" for index in range(num)],

@@ -13,13 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from rlaudio.data.records import read_records, write_records
+from rlaudio.rewards.preference_rows import content_key
 from rlaudio.runs import write_text_atomic
 from rlaudio.types import Message, PromptRecord, TextPart
+from spoken_world.attacking import JUDGE_VOCABULARY
 from spoken_world.building import fresh
-from spoken_world.heldout import pair_lines, write_heldout
+from spoken_world.heldout import heldout_pairs, pair_lines, write_heldout
 from spoken_world.judging import JUDGE_PHASES, judge_pairs
 from spoken_world.make import WorldConfig, make_world
-from spoken_world.vocabulary import WORDS
 
 
 def make_stages(out: Path, *, base: int, pairs: int, num_processes: int, seed: int = 7) -> None:
@@ -31,7 +32,7 @@ def make_stages(out: Path, *, base: int, pairs: int, num_processes: int, seed: i
     write_heldout(out / "judge-heldout.jsonl")
     write_pairs(out / "judge-pairs.jsonl", seed=seed, num=pairs)
     if not (out / "judge-init" / "config.json").is_file():
-        fresh(out / "judge-init", words=WORDS, seed=0)
+        fresh(out / "judge-init", words=JUDGE_VOCABULARY, seed=0)
 
 
 def as_text(records: Sequence[PromptRecord]) -> list[PromptRecord]:
@@ -52,9 +53,14 @@ def _read(message: Message) -> Message:
 
 
 def write_pairs(path: Path, *, seed: int, num: int) -> None:
-    """Comparisons as in the judge's last phase, with what it shall write in both orders; no held-out one among them."""
-    phase = JUDGE_PHASES[-1]
-    pairs = judge_pairs(seed=seed, num=num, items=0.4, plain=phase.plain)
+    """Comparisons as in the judge's last phase, with what it shall write in both orders.
+
+    Args:
+        num: how many are drawn. Those that are held out, or that mirror one that is, are left out.
+    """
+    kept_apart = {content_key(pair.comparison) for pair in heldout_pairs()}
+    drawn = judge_pairs(seed=seed, num=num, items=0.4, plain=JUDGE_PHASES[-1].plain)
+    pairs = (pair for pair in drawn if content_key(pair.comparison) not in kept_apart)
     lines = ({**line, "id": f"pair-{number}"} for number, line in enumerate(pair_lines(pairs)))
     write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
 
