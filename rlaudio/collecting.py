@@ -32,7 +32,8 @@ class _Pace:
         else:
             took_s = time.thread_time() - self._began_cpu_s
             self._due_s = time.monotonic() + took_s / self._share
-            gc.set_threshold(*self._thresholds[:_OLDEST], _NEVER)
+            youngest, younger, _ = self._thresholds
+            gc.set_threshold(youngest, younger, _NEVER)
 
     def end(self) -> None:
         gc.set_threshold(*self._thresholds)
