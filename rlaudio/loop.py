@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 from rlaudio.actors.pool import RewardPool, RolloutPool, ScoredGroup
 from rlaudio.aio import started, undisturbed
+from rlaudio.collecting import rare_full_collections
 from rlaudio.config import AlgorithmSettings
 from rlaudio.errors import DivergenceError, JudgeError, LearnerError, RolloutError, SpoolError
 from rlaudio.experience.issuing import Issue, Issuer
@@ -143,7 +144,8 @@ async def train(run: AlgorithmSettings, parts: Parts, *, first_step: int, last_s
         if publishing is not None:
             await publishing
 
-    async with asyncio.TaskGroup() as tasks:
-        producing = tasks.create_task(produce())
-        await learn(tasks)
-        producing.cancel()
+    with rare_full_collections():
+        async with asyncio.TaskGroup() as tasks:
+            producing = tasks.create_task(produce())
+            await learn(tasks)
+            producing.cancel()

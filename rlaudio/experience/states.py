@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from rlaudio.errors import DataError
+from rlaudio.experience import wire  # noqa: F401 (how a batch is pickled)
 from rlaudio.experience.builder import check_schema
 from rlaudio.experience.schema import STATES
 from rlaudio.types import EncodedClip

@@ -8,13 +8,12 @@ nothing is stored twice, and nothing that can be told without it:
     a prompt that several siblings share is stored with the first of them
     a slice, however small, takes its own rows along and not its parent's
 
-Whoever imports `builder` or `states` pickles so; whoever unpickles imports this. Batches of other schemas keep pyarrow's
-own way. What is read back is the batch as it was, bit for bit, but that it owns its prompts where they were shared.
+Whoever imports `builder` or `states` pickles so; whoever unpickles imports this. Batches of other schemas keep
+pyarrow's own way. What is read back is the batch as it was, bit for bit; prompts that were shared are copied apart.
 """
 
 import copyreg
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,17 @@ from rlaudio.errors import DataError
 from rlaudio.experience.columns import nothing, ragged, split
 from rlaudio.experience.schema import EXPERIENCE, SCHEMA_VERSION, STATES
 
-_MAYBE_SILENT = ("logprobs", "version_spans", "clips", "clip_targets", "rewards", "spoken")
+_MAYBE_SILENT = (
+    "logprobs",
+    "version_spans",
+    "clips",
+    "clip_targets",
+    "rewards",
+    "reward",
+    "finish_reason",
+    "judge_s",
+    "spoken",
+)
 _PROMPT_IDS = EXPERIENCE.get_field_index("prompt_ids")
 _DATA = STATES.get_field_index("data")
 
@@ -87,12 +96,18 @@ def unpack_states(version: str, offsets: bytes, message: pa.Buffer, data: pa.Buf
 def _packed_experience(batch: pa.RecordBatch) -> tuple[int, bytes, pa.Buffer]:
     silent = 0
     for place, name in enumerate(_MAYBE_SILENT):
-        if batch.column(name).equals(nothing(name, batch.num_rows)):
+        if _alike(batch.column(name), nothing(name, batch.num_rows)):
             silent |= 1 << place
     prompts, sources = _shared(batch.column(_PROMPT_IDS))
     if sources:
         batch = batch.set_column(_PROMPT_IDS, EXPERIENCE.field(_PROMPT_IDS), prompts)
     return silent, sources, batch.select(_places(silent)).serialize()
+
+
+def _alike(left: pa.Array, right: pa.Array) -> bool:
+    if left.type == pa.float32():  # -0.0 equals 0.0 and is not the same
+        left, right = left.view(pa.int32()), right.view(pa.int32())
+    return bool(left.equals(right))
 
 
 def _packed_states(batch: pa.RecordBatch) -> tuple[bytes, pa.Buffer, pa.Buffer]:
@@ -135,6 +150,6 @@ def _left_out(silent: int) -> list[str]:
 def _check(version: str) -> None:
     if version != SCHEMA_VERSION:
         raise DataError(
-            f"experience was sent under schema {version}, this rlaudio reads {SCHEMA_VERSION}: install the same rlaudio "
-            "on every node"
+            f"experience was sent under schema {version}, this rlaudio reads {SCHEMA_VERSION}: install the same "
+            "rlaudio on every node"
         )

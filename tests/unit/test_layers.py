@@ -27,6 +27,7 @@ PURE = (
     "rlaudio.preflight",
     "rlaudio.runs",
     "rlaudio.fingerprint",
+    "rlaudio.collecting",
     "rlaudio.audio",
     "rlaudio.data",
     "rlaudio.dialogue",
@@ -50,6 +51,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "runs",
         "fingerprint",
         "aio",
+        "collecting",
         "engines.base",
         "models.base",
     ),  # contracts and tools
