@@ -57,7 +57,8 @@ def read_judge_data(config: RewardModelConfig) -> JudgeData:
     """Read, check and split.
 
     Raises:
-        DataError: a file cannot be read or holds bad records, or something held out is learned from, or a reply cannot be learned.
+        DataError: a file cannot be read or holds bad records, something held out is learned from, or a reply cannot be
+            learned.
     """
     family = open_family(config.model)
     scale = Scale(config.asking.levels)
