@@ -62,6 +62,7 @@ def _share(one: dict[str, Any]) -> str:
     return f"{accuracy['mean']:.3f} ({accuracy['low']:.3f} to {accuracy['high']:.3f})"
 
 
+@pytest.mark.filterwarnings("ignore")  # vLLM is built in this process
 def test_attacks() -> None:
     """Every readable attack on the quickstart's judge, on four times as many comparisons as in the daily test."""
     sys.path.insert(0, str(QUICKSTART))
