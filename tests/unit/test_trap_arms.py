@@ -77,6 +77,9 @@ def test_policies_are_paired_by_prompt_and_turn() -> None:
 def test_a_prompt_counts_once_whatever_its_number_of_turns() -> None:
     found = level([{"long": dict.fromkeys(range(9), 1.0), "short": {0: 0.0}}])
     assert found is not None and found.mean == 0.5
+    zero = {"long": dict.fromkeys(range(9), 0.0), "short": {0: 0.0}}
+    change = difference([zero], [{**zero, "long": dict.fromkeys(range(9), 1.0)}])
+    assert change is not None and change.mean == 0.5
 
 
 def test_one_seed_speaks_of_prompts_and_several_of_seeds() -> None:
