@@ -1,19 +1,24 @@
 """The trap experiment without its training: what is measured, how policies are paired, what the intervals may say."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlaudio.audio.store import ClipStore
-from rlaudio.errors import DataError
-from rlaudio.evals.summary import DialogueResult, RewardPart, TurnResult
+from rlaudio.cli.pipeline import pipeline_command
+from rlaudio.errors import DataError, RunFolderError
+from rlaudio.evals.summary import DialogueResult, RewardPart, TurnResult, write_evaluation
 from rlaudio.recipes.pipeline import read_pipeline
+from rlaudio.runs import create_run, open_run
 from tests.unit.evaluations import dialogue, evaluation, turn
+from tests.unit.test_pipeline import loaded_once
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "verifiable_reward_trap"))
@@ -72,6 +77,9 @@ def test_policies_are_paired_by_prompt_and_turn() -> None:
 def test_a_prompt_counts_once_whatever_its_number_of_turns() -> None:
     found = level([{"long": dict.fromkeys(range(9), 1.0), "short": {0: 0.0}}])
     assert found is not None and found.mean == 0.5
+    zero = {"long": dict.fromkeys(range(9), 0.0), "short": {0: 0.0}}
+    change = difference([zero], [{**zero, "long": dict.fromkeys(range(9), 1.0)}])
+    assert change is not None and change.mean == 0.5
 
 
 def test_one_seed_speaks_of_prompts_and_several_of_seeds() -> None:
@@ -248,6 +256,122 @@ def test_the_judge_that_evaluates_is_not_the_judge_that_trains() -> None:
 def test_a_tiny_trial_keeps_to_folders_of_its_own() -> None:
     full, tiny = (experiment.Plan((0,), tiny=choice) for choice in (False, True))
     assert full.report_folder() != tiny.report_folder()
-    stages = read_pipeline(experiment.PIPELINE, tiny.arms(0, until="rlhf"))
+    stages = read_pipeline(tiny.pipeline, tiny.arms(0, until="rlhf"))
     assert stages.folder.name == "trap-tiny-seed0" and stages.config.run.until == "rlhf"
     assert next(stage for stage in stages.stages if stage.name == "staged").load().run.steps == 2
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """SIGKILL of the process."""
+
+
+class FakeStages:
+    """What recipes leave, without what they do.
+
+    Args:
+        dies_in: a stage that is killed after it made its run folder.
+    """
+
+    def __init__(self, dies_in: str = "") -> None:
+        self._dies_in = dies_in
+        self.ran: list[tuple[str, int, bool]] = []
+
+    def __call__(self, config_path: str, overrides: Sequence[str], *, resume: str | None) -> int:
+        given = dict(line.split("=", 1) for line in overrides)
+        told = {name: json.loads(value) for name, value in given.items() if not name.startswith("tracking")}
+        name, seed, root = told["run.name"], told["run.seed"], told["run.root"]
+        self.ran.append((name, seed, resume is not None))
+        with open_run(resume) if resume else create_run(root, name=name, seed=seed) as folder:
+            if name == self._dies_in:
+                raise Killed
+            getattr(self, told["recipe"])(told, folder.path)
+        return 0
+
+    def reward_model(self, told: Mapping[str, Any], run: Path) -> None:
+        model(Path(told["run.output"]), "judge")
+        figures = {"num_pairs": 300, "accuracy": 0.8, "sign_accuracy": 0.9, "consistency": 0.7, "failure_rate": 0.0}
+        (run / "calibration.json").write_text(json.dumps({"heldout": figures}))
+
+    def rl(self, told: Mapping[str, Any], run: Path) -> None:
+        model(run / "model", f"{told['run.name']} {told['run.seed']}")
+        (run / "metrics").mkdir(exist_ok=True)
+        (run / "metrics" / "metrics.jsonl").write_text('{"step": 0, "reward/judge": 0.5}\n')
+        alert = {"step": 9, "verified": 1.0, "preference": -2.0} if told["run.name"] == "rlvr_brief" else None
+        (run / "report.json").write_text(json.dumps({"trap": {"training": {"alert": alert}}}))
+
+    def evaluate(self, told: Mapping[str, Any], run: Path) -> None:
+        for arm in told["policies"]:
+            for kind in ("evaluation", "siblings"):
+                write_evaluation(run / f"{kind}-{arm}-heldout.json", evaluation("after", *replies(arm)))
+        (run / "report.json").write_text(json.dumps({"policies": {}, "levels": {}, "gains": {}}))
+
+
+def model(path: Path, text: str) -> None:
+    path.mkdir(exist_ok=True, parents=True)
+    (path / "weights").write_text(text)
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> experiment.Plan:
+    """The example's own settings, with stand-ins for the files they name."""
+    monkeypatch.setattr("rlaudio.recipes.pipeline.load_config", loaded_once)
+    here, quickstart = tmp_path / "examples" / "trap", tmp_path / "examples" / "quickstart"
+    here.mkdir(parents=True)
+    for path in EXAMPLE.glob("*.yaml"):
+        (here / path.name).write_text(path.read_text() + "\ntracking: {mlflow: false}\n" * ("pipeline" in path.name))
+    for name in ("policy", "judge"):
+        model(quickstart / "checkpoints" / name, name)
+    model(here / "data" / "judge-init", "random")
+    for name in ("judge-items", "judge-whole", "judge-heldout", "train-first", "train-second"):
+        (here / "data" / f"{name}.jsonl").write_text(name)
+    (quickstart / "data").mkdir()
+    for name in ("train", "heldout"):
+        (quickstart / "data" / f"{name}.jsonl").write_text(name)
+    return experiment.Plan((3,), here=here)
+
+
+def go(plan: experiment.Plan, fake: FakeStages, **until: str) -> list[str]:
+    def train(arguments: Sequence[str]) -> int:
+        return pipeline_command(arguments[1], arguments[2:], resume=None, run_stage=fake)
+
+    assert experiment.run(plan, train=train, **until) == 0
+    return [name + " resumed" * resumed for name, _, resumed in fake.ran]
+
+
+def test_arms_are_resumed_none_is_made_twice_and_all_are_reported(plan: experiment.Plan) -> None:
+    arms = [name for name in ARMS if name != "start"]
+    with pytest.raises(Killed):
+        go(plan, FakeStages("rlhf"))
+    with pytest.raises(RunFolderError, match="'evaluation' of trap-seed3 is not done"):
+        experiment.report(plan, narrator=None)
+    assert go(plan, FakeStages(), until="joint") == ["rlhf resumed", "joint"]
+    assert go(plan, FakeStages()) == ["staged_first", "staged", "evaluation"], "the judge and the other arms lie there"
+    assert go(plan, FakeStages()) == []
+    (plan.here.parent / "quickstart" / "checkpoints" / "judge" / "weights").write_text("another judge")
+    assert go(plan, FakeStages()) == arms, "it trained them, and what they came to is as before"
+
+    results, found, page = experiment.report(plan, narrator=None)
+    assert results.num_seeds == 1 and outcome("rlvr_brief", results) == "shown"
+    assert "by step 9 verified reward rose" in page.read_text() and "right verdict of five in 80%" in page.read_text()
+    told = json.loads(page.with_name("report.json").read_text())
+    assert told["headline"] == headline(found) and told["seeds"] == [3]
+
+
+def test_every_seed_is_run_after_the_judge_and_what_fails_ends_it() -> None:
+    plan, asked = experiment.Plan((0, 1)), list[str]()
+
+    def train(arguments: Sequence[str], fails: str = "") -> int:
+        asked.append(" ".join([Path(arguments[1]).stem, *arguments[2:]]))
+        return 130 if asked[-1] == fails else 0
+
+    assert experiment.run(plan, train=train, until="rlvr") == 0
+    assert asked == ["judge_pipeline", *(f"pipeline run.seed={seed} run.until=rlvr" for seed in (0, 1))]
+    for last, fails in enumerate(("judge_pipeline", "pipeline run.seed=0"), start=1):
+        asked.clear()
+        assert experiment.run(plan, train=functools.partial(train, fails=fails)) == 130
+        assert len(asked) == last
+    asked.clear()
+    assert experiment.run(plan, train=train, until="judge") == 0 and asked == ["judge_pipeline"]

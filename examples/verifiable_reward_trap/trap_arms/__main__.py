@@ -12,15 +12,15 @@ import sys
 
 from rich.console import Console
 from rich.table import Table
+from spoken_world.voice import EspeakVoice
 
 from rlaudio.cli.main import main as rlaudio
+from rlaudio.observe.listen import Narrator
 from trap_arms.data import make_data
-from trap_arms.experiment import HERE, JUDGE_PIPELINE, PIPELINE, WORLD, Plan, report
+from trap_arms.experiment import HERE, Plan, report, run
 from trap_arms.measures import MAX_SEEDS, MEASURES
 from trap_arms.page import between, number
 from trap_arms.verdict import ARMS, Claim, Results, headline
-
-JUDGE = "judge"
 
 
 def main() -> int:
@@ -28,18 +28,11 @@ def main() -> int:
     seeds = (given.seed,) if given.seed is not None else tuple(range(given.seeds))
     plan = Plan(seeds, tiny=given.tiny)
     os.chdir(HERE)
-    make_data(HERE / "data", world=WORLD)
-    if not plan.tiny:
-        code = rlaudio(["train", JUDGE_PIPELINE, *plan.judge()])
-        if code or given.until == JUDGE:
-            return code
-    for seed in seeds:
-        code = rlaudio(["train", PIPELINE, *plan.arms(seed, until=given.until)])
-        if code:
-            return code
-    if given.until:
-        return 0
-    results, found, page = report(plan)
+    make_data(HERE / "data", world=plan.world)
+    code = run(plan, train=rlaudio, until=given.until)
+    if code or given.until:
+        return code
+    results, found, page = report(plan, narrator=Narrator(EspeakVoice()))
     print_results(results, found)
     print(f"report: {page}")
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,7 @@ from trap_arms.page import Seen, basis, write_page
 from trap_arms.verdict import ARMS, Claim, Results, claims, compare, headline
 
 HERE = Path(__file__).resolve().parents[1]
-PIPELINE, JUDGE_PIPELINE = str(HERE / "pipeline.yaml"), str(HERE / "judge_pipeline.yaml")
-WORLD = HERE.parent / "quickstart" / "data"
-EVALUATION, SET = "evaluation", "heldout"
+JUDGE, EVALUATION, SET = "judge", "evaluation", "heldout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +33,53 @@ class Plan:
 
     seeds: tuple[int, ...]
     tiny: bool = False
+    here: Path = HERE
 
-    def judge(self) -> tuple[str, ...]:
-        """Overrides of `judge_pipeline.yaml`."""
-        return ()
+    @property
+    def pipeline(self) -> str:
+        return str(self.here / "pipeline.yaml")
+
+    @property
+    def judge_pipeline(self) -> str:
+        return str(self.here / "judge_pipeline.yaml")
+
+    @property
+    def world(self) -> Path:
+        """Where the quickstart's records and sounds lie."""
+        return self.here.parent / "quickstart" / "data"
 
     def arms(self, seed: int, *, until: str = "") -> tuple[str, ...]:
         """Overrides of `pipeline.yaml` for one seed."""
         given = [f"run.seed={seed}", *([f"run.until={until}"] if until else [])]
         return (*given, *_TINY) if self.tiny else tuple(given)
 
+    def read(self, seed: int) -> Pipeline:
+        return read_pipeline(self.pipeline, self.arms(seed))
+
     def report_folder(self) -> Path:
-        root = read_pipeline(PIPELINE, self.arms(self.seeds[0])).folder.parent
-        return root / ("trap-tiny-report" if self.tiny else "trap-report")
+        return self.read(self.seeds[0]).folder.parent / ("trap-tiny-report" if self.tiny else "trap-report")
+
+
+Train = Callable[[Sequence[str]], int]
+"""`rlaudio` with its arguments: the exit code."""
+
+
+def run(plan: Plan, *, train: Train, until: str = "") -> int:
+    """The judge that evaluates, then every seed's arms, up to one stage if it is named. Returns an exit code."""
+    if not plan.tiny:
+        code = train(["train", plan.judge_pipeline])
+        if code or until == JUDGE:
+            return code
+    for seed in plan.seeds:
+        if code := train(["train", plan.pipeline, *plan.arms(seed, until=until)]):
+            return code
+    return 0
 
 
 _TINY = (
     "run.name=trap-tiny",
     *(f"stages[{index}].settings.run={{steps: 2, checkpoint_every: 1}}" for index in range(6)),
+    *(f"stages[{index}].settings.doctor={{before_train: false}}" for index in range(6)),
     "stages[6].settings.rewards={judge_model: {path: ../quickstart/checkpoints/judge}}",
     "stages[6].settings.evaluation={max_dialogues: 12}",
     "stages[6].settings.siblings=2",
@@ -60,21 +87,22 @@ _TINY = (
 )
 
 
-def report(plan: Plan) -> tuple[Results, list[Claim], Path]:
+def report(plan: Plan, *, narrator: Narrator | None) -> tuple[Results, list[Claim], Path]:
     """Read what every seed's evaluation left and write `report.json` and `report.html`; returns the latter's path.
+
+    Args:
+        narrator: reads replies out; None shows them as text.
 
     Raises:
         RunFolderError: a seed is not evaluated. DataError: its policies were asked different prompts.
     """
-    pipelines = {seed: read_pipeline(PIPELINE, plan.arms(seed)) for seed in plan.seeds}
+    pipelines = {seed: plan.read(seed) for seed in plan.seeds}
     measured = [_measured(pipeline) for pipeline in pipelines.values()]
     results = compare(measured)
     found = claims(results)
     folder = plan.report_folder()
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / "report.json", as_json(results, found, seeds=plan.seeds))
-    from spoken_world.voice import EspeakVoice
-
     first = pipelines[plan.seeds[0]]
     page = folder / "report.html"
     write_page(
@@ -83,8 +111,8 @@ def report(plan: Plan) -> tuple[Results, list[Claim], Path]:
         claims=found,
         seen=_seen(first, seed=plan.seeds[0]),
         judge=judge_in_words(plan),
-        clips=ClipStore(str(WORLD)),
-        narrator=Narrator(EspeakVoice()),
+        clips=ClipStore(str(plan.world)),
+        narrator=narrator,
     )
     return results, found, page
 
@@ -109,7 +137,7 @@ def judge_in_words(plan: Plan) -> str:
     """How good the evaluating judge is on comparisons that it did not learn from."""
     if plan.tiny:
         return "A trial of the mechanics: the judge that trained evaluates, and no figure here means anything."
-    stage = _stage(read_pipeline(JUDGE_PIPELINE, plan.judge()), "judge")
+    stage = _stage(read_pipeline(plan.judge_pipeline), JUDGE)
     figures = json.loads((_run_of(stage) / "calibration.json").read_text(encoding="utf-8"))["heldout"]
     return (
         "Another one than trains: other random weights at the start, other comparisons, of the same small world. "
