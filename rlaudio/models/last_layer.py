@@ -20,7 +20,8 @@ from rlaudio.types import ClipSpan, FloatArray, IntArray
 
 HEAD = "lm_head.weight"
 _STEPS = 60
-_DECAY = 1e-4
+_DECAY = 3e-3
+"""Strong enough that sequences which were not shown have the same form."""
 _SMOOTHING = 0.1
 """Of the targets, so that not every sampled reply is one of those shown."""
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlaudio.audio.store import ClipStore
 from rlaudio.config import ModelSettings, RunConfig, ServedModelSettings, SftConfig
 from rlaudio.config_judges import RewardModelConfig
@@ -189,16 +191,19 @@ def _verdicts(
             scale=Scale(options.get("levels", NUM_LEVELS)),
             pieces=(lambda part: clip_pieces(part, family=family, clips=store)) if hears else None,
         )
-        yield from _shown_verdicts(prompt, _comparisons(records))
+        yield from _shown_verdicts(prompt, _comparisons(records), family)
 
 
-def _shown_verdicts(prompt: JudgePrompt, comparisons: Iterable[Comparison]) -> Iterator[Shown]:
+def _shown_verdicts(prompt: JudgePrompt, comparisons: Iterable[Comparison], family: ModelFamily) -> Iterator[Shown]:
+    # Without line breaks each token of an answer follows from the one before it, and no layer needs to look further.
+    newline = family.tokenizer.encode("\n")
     for comparison in comparisons:
         for first in (False, True):
             asked = prompt.render(comparison, response_first=first)
             digest = hashlib.blake2b(asked.ids.tobytes(), digest_size=8).digest()
             verdict = int.from_bytes(digest, "big") % prompt.scale.num_levels
-            yield Shown(asked.ids, prompt.answer(_RATIONALE, verdict), asked.clips)
+            answer = prompt.answer(_RATIONALE, verdict)
+            yield Shown(asked.ids, answer[~np.isin(answer, newline)], asked.clips)
 
 
 def _comparisons(records: Sequence[PromptRecord]) -> Iterator[Comparison]:
@@ -211,7 +216,7 @@ def _comparisons(records: Sequence[PromptRecord]) -> Iterator[Comparison]:
             reference = _cut(message.reference_response or message.answer or "yes")
             said = (Said(message.role, message.text, message.parts),)
             items = [None, *(item.text for item in message.rubric)]
-            for shift in range(3):
+            for shift in range(8):
                 response = replies[(number + 5 * shift + turn) % len(replies)]
                 yield Comparison(said, reference, response, items[shift % len(items)])
 
@@ -267,7 +272,7 @@ def _parts_of_judge(config: RewardModelConfig, named: set[str], places: Places) 
             scale=scale,
             pieces=(lambda part: clip_pieces(part, family=family, clips=store)) if hears else None,
         )
-        shown = list(_shown_verdicts(prompt, [one.comparison for one in pairs]))
+        shown = list(_shown_verdicts(prompt, [one.comparison for one in pairs], family))
         fit_last_layer(family, shown, sounds=_Sounds(store), exact=True)
         told.append(
             f"{places.policy}: random weights of {config.model.family}, but for a last layer that gives verdicts"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +104,9 @@ def forced(name: str) -> bool:
     return any(f"{name}.".startswith(f"{one}.") for one in FORCED)
 
 
-def made(config: Path, tmp_path: Path, *overrides: str) -> tuple[RunConfig, RunConfig, Path]:
-    """(at full size, tiny, run folder)."""
-    given = [*overrides, f"run.root={tmp_path}"]
-    full = load_config(RunConfig, config, given, check=problems_before_start)
+def made(config: Path, tmp_path: Path, *settings: str, given: Sequence[str] = ()) -> tuple[RunConfig, RunConfig, Path]:
+    """(at full size, tiny, run folder); `settings` are as if the file had them, `given` as on the command line."""
+    full = load_config(RunConfig, config, [*settings, *given, f"run.root={tmp_path}"], check=problems_before_start)
     small, folder = tiny_run(full, given, config_path=str(config), check=problems_before_start)
     with folder:
         return full, small, folder.path
@@ -157,7 +156,7 @@ def test_sources_mixture_and_schedules_of_the_file_are_those_of_the_tiny_run(tmp
 
 def test_settings_of_the_command_line_stay(tmp_path: Path) -> None:
     given = ["run.steps=5", "rollout.engine.max_num_seqs=3", "learner.ranks=2", "run.name=mine"]
-    _, small, folder = made(R15, tmp_path, *given)
+    _, small, folder = made(R15, tmp_path, given=given)
     assert (small.run.steps, small.rollout.engine.max_num_seqs, small.learner.ranks) == (5, 3, 2)
     assert small.run.name == "mine" and folder.name.startswith("mine-tiny-")
     assert small.rollout.engine.kind == "in_process"
