@@ -144,7 +144,8 @@ class Writer:
         make = self._maker(side)
         stored = sum(stored_bytes(make(group)) for group in self._groups)
         if side == "arrow" and self._kind == "clips":
-            stored += sum(path.stat().st_size for path in Path(self._store.root).rglob("*.wav"))
+            heard = {name for group in self._groups for name in group.sounds}
+            stored += sum(path.stat().st_size for path in Path(self._store.root).rglob("*.wav") if path.stem in heard)
         return stored
 
     def _maker(self, side: str) -> Callable[[Group], Any]:
