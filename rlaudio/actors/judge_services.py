@@ -1,6 +1,6 @@
 """What the reward actor serves to its sources: a judge model or endpoint, a frozen policy, the run's sounds."""
 
-from rlaudio.actors.serving import start_engine
+from rlaudio.actors.serving import start_served
 from rlaudio.audio.store import ClipStore
 from rlaudio.config import RunConfig, ServedModelSettings
 from rlaudio.engines.base import Engine
@@ -11,7 +11,6 @@ from rlaudio.models.tokenizers import TOKENIZER_FILE
 from rlaudio.rewards.base import JudgeServices
 from rlaudio.rewards.endpoint import ChatEndpoint
 from rlaudio.rewards.references import FrozenPolicy
-from rlaudio.types import WeightVersion
 
 
 async def start_services(config: RunConfig, *, on_gpu: bool) -> JudgeServices:
@@ -45,17 +44,9 @@ async def start_services(config: RunConfig, *, on_gpu: bool) -> JudgeServices:
 
 
 async def _serve(config: RunConfig, settings: ServedModelSettings, *, on_gpu: bool) -> tuple[Engine, ModelFamily]:
-    family = open_family(settings)
-    engine = await start_engine(
-        settings.engine,
-        family=family,
-        dtype=settings.dtype,
-        on_gpu=on_gpu,
-        version=WeightVersion(0, 0),
-        seed=config.run.seed,
-        start_deadline_s=config.rewards.start_deadline_s,
+    return await start_served(
+        settings, on_gpu=on_gpu, seed=config.run.seed, start_deadline_s=config.rewards.start_deadline_s
     )
-    return engine, family
 
 
 def _require_same_tokenizer(config: RunConfig) -> None:

@@ -3,13 +3,14 @@
 from dataclasses import replace
 from typing import cast
 
-from rlaudio.config import EngineConfig
+from rlaudio.config import EngineConfig, ServedModelSettings
 from rlaudio.engines.base import Engine, Sampling
 from rlaudio.engines.probe import ProbedEngine
 from rlaudio.engines.settings import EngineSettings, engine_environment
 from rlaudio.engines.swapping import SwapPolicy
 from rlaudio.errors import ConfigError
 from rlaudio.models.base import ModelFamily, SpecialIds
+from rlaudio.models.families import open_family
 from rlaudio.types import WeightVersion
 
 
@@ -119,3 +120,25 @@ def policy_sampling(ids: SpecialIds, *, max_new_tokens: int, temperature: float,
         stop_token_ids=ids.stop,
         banned_token_ids=ids.banned,
     )
+
+
+async def start_served(
+    settings: ServedModelSettings, *, on_gpu: bool, seed: int, start_deadline_s: float
+) -> tuple[Engine, ModelFamily]:
+    """A running engine of a model whose weights never change, and its family.
+
+    Raises:
+        ConfigError: the family cannot be loaded.
+        EngineError: as `start_engine`.
+    """
+    family = open_family(settings)
+    engine = await start_engine(
+        settings.engine,
+        family=family,
+        dtype=settings.dtype,
+        on_gpu=on_gpu,
+        version=WeightVersion(0, 0),
+        seed=seed,
+        start_deadline_s=start_deadline_s,
+    )
+    return engine, family

@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass
 
-from rlaudio.actors.serving import start_engine
+from rlaudio.actors.serving import start_served
 from rlaudio.audio.store import ClipStore
 from rlaudio.config import RunConfig
 from rlaudio.dialogue.served import ServedText
 from rlaudio.dialogue.users import UserServices
 from rlaudio.engines.base import Engine
-from rlaudio.models.families import open_family
 from rlaudio.rewards.endpoint import ChatEndpoint
-from rlaudio.types import WeightVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +46,8 @@ async def start_user_services(config: RunConfig, *, clips: ClipStore, on_gpu: bo
         return RunningUserServices(UserServices(endpoint, clips), endpoint=endpoint)
     if not settings.path:
         return RunningUserServices(UserServices(None, clips))
-    family = open_family(settings)
-    engine = await start_engine(
-        settings.engine,
-        family=family,
-        dtype=settings.dtype,
-        on_gpu=on_gpu,
-        version=WeightVersion(0, 0),
-        seed=config.run.seed,
-        start_deadline_s=config.rollout.start_deadline_s,
+    engine, family = await start_served(
+        settings, on_gpu=on_gpu, seed=config.run.seed, start_deadline_s=config.rollout.start_deadline_s
     )
     model = ServedText(engine, family, max_model_len=settings.engine.max_model_len)
     return RunningUserServices(UserServices(model, clips), engine=engine)

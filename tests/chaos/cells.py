@@ -135,19 +135,7 @@ def run_cell(cell: Cell, nodes: Nodes, *, folder: Path) -> Outcome:
         raise ChaosError(f"{cell.name}: {len(struck)} of {len(cell.faults)} faults struck before the run ended")
     sums = audited(Path(run), log=folder / "audits.log")
     _require_whole(cell, Path(run), sums)
-    return Outcome(
-        cell=cell.name,
-        faults=len(struck),
-        lives=lives,
-        incarnations=sums.num_lives,
-        groups=sums.num_groups,
-        trained=sums.durable,
-        undone=sums.num_undone,
-        dropped=sums.dropped,
-        reissued=sums.reissued,
-        audits=lives + 1,
-        wall_s=round(time.monotonic() - began_s, 1),
-    )
+    return outcome_of(cell.name, sums, faults=len(struck), lives=lives, began_s=began_s)
 
 
 def _live(life: Life, nodes: Nodes, *, log: Path) -> tuple[int, bool]:
@@ -184,6 +172,23 @@ def _live(life: Life, nodes: Nodes, *, log: Path) -> tuple[int, bool]:
 def tail_of(log: Path) -> str:
     """Its last lines."""
     return "\n".join(log.read_text().splitlines()[-25:])
+
+
+def outcome_of(name: str, sums: LedgerSums, *, faults: int, lives: int, began_s: float) -> Outcome:
+    """What is kept of a cell that ended well; it was audited after every life and at its end."""
+    return Outcome(
+        cell=name,
+        faults=faults,
+        lives=lives,
+        incarnations=sums.num_lives,
+        groups=sums.num_groups,
+        trained=sums.durable,
+        undone=sums.num_undone,
+        dropped=sums.dropped,
+        reissued=sums.reissued,
+        audits=lives + 1,
+        wall_s=round(time.monotonic() - began_s, 1),
+    )
 
 
 def audited(run: Path, *, log: Path) -> LedgerSums:

@@ -25,7 +25,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from rlaudio.experience.audit import LedgerSums
-from tests.chaos.cells import ROOT, ChaosError, Outcome, audited, tail_of
+from tests.chaos.cells import ROOT, ChaosError, Outcome, audited, outcome_of, tail_of
 from tests.chaos.faults import Node, family
 from tests.chaos.nodes import Nodes
 
@@ -101,19 +101,7 @@ def run_real(cell: RealCell, nodes: Nodes, *, folder: Path) -> Outcome:
         raise ChaosError(
             f"{cell.name}: the weights have not seen what the ledger says: they are {off:.3g} of the way off"
         )
-    return Outcome(
-        cell=cell.name,
-        faults=1,
-        lives=lives,
-        incarnations=sums.num_lives,
-        groups=sums.num_groups,
-        trained=sums.durable,
-        undone=sums.num_undone,
-        dropped=sums.dropped,
-        reissued=sums.reissued,
-        audits=lives + 1,
-        wall_s=round(time.monotonic() - began_s, 1),
-    )
+    return outcome_of(cell.name, sums, faults=1, lives=lives, began_s=began_s)
 
 
 class Killer:
