@@ -84,6 +84,7 @@ class Group:
     """One played group: experience rows, and the states that came with them (no rows where none did)."""
 
     rows: pa.RecordBatch
+    shipped: tuple[str, ...]
     states: pa.RecordBatch
 
 
@@ -162,8 +163,8 @@ async def play(config: RunConfig, records: Sequence[PromptRecord], counter: Forw
         groups = []
         for number, record in enumerate(records):
             order = PlayOrder(number, GROUP_SIZE, 1.0, f"bench/{number}", ship_states=True)
-            _, rows, states = await worker.play(record, order)
-            groups.append(Group(rewarded(rows, seed=number), states))
+            header, rows, states = await worker.play(record, order)
+            groups.append(Group(rewarded(rows, seed=number), header.shipped, states))
             if number == 0:
                 counter.take()
         played[name] = Played(groups[1:], groups[0], counter.take())
@@ -197,7 +198,7 @@ def learner_step(side: str, config: RunConfig, groups: Sequence[Group], warm: Gr
 def run_batch(
     worker: RankWorker, groups: Sequence[Group], algorithm: AlgorithmSettings, *, ships: bool, epochs: int
 ) -> float:
-    sources = [lambda group=group: group.states for group in groups] if ships else []
+    sources = [(group.shipped, lambda group=group: group.states) for group in groups] if ships else []
     worker.prepare([group.rows for group in groups], algorithm, states=sources)
     for epoch in range(epochs):
         worker.forward_backward(MinibatchSpec(epoch=epoch, index=0))

@@ -12,7 +12,8 @@ rows. Kinds:
 
 Sides:
 
-    arrow    `played_batch` and `states_batch` in the actor, `read_rows` and `read_states` in the learner
+    arrow    `played_batch` and `states_batch` in the actor, `read_rows` and `read_states` in the learner; as in a run,
+             `SharedStates` says which sounds' states another object in the store holds, and they are not stored again
     shared   `ray.put` of a list of dataclasses that hold what a row holds, importable (a class of `__main__` would be
              stored with every object); siblings hold the same array, which is stored once per object
     copied   the same where every sibling holds its own copy, as after a round trip over rows
@@ -47,7 +48,7 @@ import ray
 
 from rlaudio.audio.store import ClipStore
 from rlaudio.experience.builder import played_batch
-from rlaudio.experience.states import read_states, states_batch
+from rlaudio.experience.states import SharedStates, ShippedStates, read_states, states_batch
 from rlaudio.learner.batch import Row, read_rows
 from rlaudio.types import (
     SAMPLE_RATE_HZ,
@@ -135,28 +136,37 @@ class Writer:
     def write(self, side: str) -> tuple[float, float, list[Any]]:
         """Wall and CPU seconds, references."""
         began_s, began_cpu_s = time.perf_counter(), time.process_time()
-        make = self._maker(side)
-        refs = [ray.put(make(group)) for group in self._groups]
+        refs = self._written(side, ray.put)
         return time.perf_counter() - began_s, time.process_time() - began_cpu_s, refs
 
     def stored(self, side: str) -> int:
         """Bytes in Ray's store and in the clip store."""
-        make = self._maker(side)
-        stored = sum(stored_bytes(make(group)) for group in self._groups)
+        objects: list[Any] = []
+        self._written(side, objects.append)
+        stored = sum(map(stored_bytes, objects))
         if side == "arrow" and self._kind == "clips":
             heard = {name for group in self._groups for name in group.sounds}
             stored += sum(path.stat().st_size for path in Path(self._store.root).rglob("*.wav") if path.stem in heard)
         return stored
 
-    def _maker(self, side: str) -> Callable[[Group], Any]:
-        return {"arrow": self._arrow, "shared": plain, "copied": copied}[side]
-
-    def _arrow(self, group: Group) -> Any:
-        rows = played_batch(RECORD, group.dialogues)
-        if self._kind != "states":
-            return rows, None
-        clips = (EncodedClip(name, states, "bfloat16", "bench") for name, states in group.sounds.items())
-        return rows, states_batch(clips)
+    def _written(self, side: str, put: Callable[[Any], Any]) -> list[Any]:
+        """What `put` made of every object; of a pair of batches, a pair."""
+        if side != "arrow":
+            make = {"shared": plain, "copied": copied}[side]
+            return [put(make(group)) for group in self._groups]
+        shared, kept = SharedStates(), []
+        for group in self._groups:
+            rows = put(played_batch(RECORD, group.dialogues))
+            states: tuple[ShippedStates, ...] = ()
+            if self._kind == "states":
+                known = shared.find(group.sounds)
+                new = [
+                    EncodedClip(name, s, "bfloat16", "bench") for name, s in group.sounds.items() if name not in known
+                ]
+                ref = put(states_batch(new)) if new else None
+                states = shared.add([clip.sha256 for clip in new], ref, known=known.values())
+            kept.append((rows, states))
+        return kept
 
 
 class Learner:
@@ -168,17 +178,19 @@ class Learner:
     def read(self, side: str, refs: list[Any]) -> tuple[float, float, tuple[int, float, int]]:
         """Wall and CPU seconds, and what it found: rows, a sum over their numbers, distinct sounds."""
         began_s, began_cpu_s = time.perf_counter(), time.process_time()
-        values = ray.get(refs)
-        rows, sounds = self._from_arrow(values) if side == "arrow" else from_plain(values, kind=self._kind)
+        rows, sounds = self._from_arrow(refs) if side == "arrow" else from_plain(ray.get(refs), kind=self._kind)
         wall_s, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
         total = sum(int(row.prompt_ids.sum()) + int(row.response_ids.sum()) + float(row.logprobs.sum()) for row in rows)
         return wall_s, cpu_s, (len(rows), total, len(sounds))
 
-    def _from_arrow(self, values: Sequence[Any]) -> tuple[list[Row], dict[str, Any]]:
-        rows = read_rows([batch for batch, _ in values])
+    def _from_arrow(self, refs: Sequence[tuple[Any, tuple[ShippedStates, ...]]]) -> tuple[list[Row], dict[str, Any]]:
+        rows = read_rows(ray.get([ref for ref, _ in refs]))
         sounds: dict[str, Any] = {}
         if self._kind == "states":
-            sounds = {clip.sha256: clip.states for _, batch in values for clip in read_states(batch)}
+            # As `LearnerGroup.prepare` and `RankWorker.prepare`: every batch of states once.
+            distinct = dict.fromkeys(shipped for _, states in refs for shipped in states)
+            batches = ray.get([shipped.ref for shipped in distinct])
+            sounds = {clip.sha256: clip.states for batch in batches for clip in read_states(batch)}
         elif self._kind == "clips":
             store = ClipStore(self._clips)
             for row in rows:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ray.exceptions import RayActorError
 
 from rlaudio.actors.rollout import PlayOrder
+from rlaudio.data.records import record_sounds
 from rlaudio.errors import EngineDeadError, EngineError, JudgeError, RolloutError, TurnTimeoutError, VerdictTimeoutError
 from rlaudio.experience.spool import Spooled
 from rlaudio.types import PromptRecord, WeightVersion
@@ -72,7 +73,7 @@ class FakeActor:
     @property
     def play(self) -> Method:
         def call(record: PromptRecord, order: PlayOrder) -> list[Any]:
-            header = Answer(lambda: self._timed(self._play(order.group), RolloutError))
+            header = Answer(lambda: self._timed(self._play(record, order), RolloutError))
             return [header, order.group, f"of {order.group}"]
 
         return Method(call)
@@ -117,7 +118,7 @@ class FakeActor:
         self.version = version
         return True
 
-    async def _play(self, group: int) -> Any:
+    async def _play(self, record: PromptRecord, order: PlayOrder) -> Any:
         """Several turns, each sampled under what this engine holds at that moment."""
         run = self._run
         longest_s = run.delay_s * (20.0 if run.rng.random() < run.slow_share else 1.0)
@@ -127,8 +128,9 @@ class FakeActor:
             await run.pass_time("play", longest_s=longest_s)
             await self._suffer(TurnTimeoutError("no reply within the turn's deadline"))
         run.maybe_fail(RolloutError("it does not fit the window"))
-        run.played[group] = tuple(versions)
-        return SimpleNamespace(num_states=1)
+        run.played[order.group] = tuple(versions)
+        heard = run.heard[order.group] = tuple(part.sha256 for _, part in record_sounds(record))
+        return SimpleNamespace(clips=heard, shipped=tuple(name for name in heard if name not in order.shipped))
 
     async def _judge(self, group: int) -> Any:
         await self._run.pass_time("judge")

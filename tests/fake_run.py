@@ -23,12 +23,17 @@ from rlaudio.data.source import PromptSource
 from rlaudio.errors import DivergenceError, JudgeError, RolloutError, SpoolError, WeightSyncError
 from rlaudio.experience.issuing import Issue, Issuer, why_not_again
 from rlaudio.experience.ledger import Entry, Ledger
+from rlaudio.experience.states import ShippedStates
 from rlaudio.loop import Parts, train
-from rlaudio.types import Message, PromptRecord, TextPart, WeightVersion
+from rlaudio.types import AudioPart, Message, PromptRecord, WeightVersion
 from rlaudio.weights.joining import JoinableWeights
 from tests.fake_actors import Ailment, FakeActor
 
-RECORDS = [PromptRecord(f"r{i}", "t", (Message("user", (TextPart("hi"),)),)) for i in range(7)]
+RECORDS = [
+    PromptRecord(f"r{i}", "t", tuple(Message("user", (AudioPart("x", f"c{(i + k) % 3}", 16_000),)) for k in range(2)))
+    for i in range(7)
+]
+"""They share three sounds: encoder states of one group serve another."""
 _IDS = itertools.count(1)
 MAX_TURNS_OF_THE_LOOP = 200_000
 
@@ -167,6 +172,7 @@ class FakeRun:
         self.joined: list[tuple[str, WeightVersion, set[WeightVersion]]] = []  # who, with what, what the others held
         self.calls: Counter[str] = Counter()
         self.played: dict[int, tuple[WeightVersion, ...]] = {}
+        self.heard: dict[int, tuple[str, ...]] = {}
         self.judged: dict[int, ScoredGroup] = {}
         self.failed: set[int] = set()
         self.started: set[int] = set()
@@ -357,8 +363,10 @@ class FakeRun:
 
     # ---- learner -------------------------------------------------------------------------------------------------
 
-    async def prepare(self, refs: Sequence[int], states: Sequence[str]) -> list[int]:
-        assert list(states) == [f"of {ref}" for ref in refs], "states of one group, rows of another"
+    async def prepare(self, refs: Sequence[int], states: Sequence[Sequence[ShippedStates]]) -> list[int]:
+        for ref, shipped in zip(refs, states, strict=True):
+            there = [name for one in shipped for name in one.names]
+            assert set(self.heard[ref]) <= set(there), "a clip's states are with no batch of its group"
         self.consumed_by = self.version
         self.taken += refs
         self.ages += [self.version.number - self.judged[ref].oldest_version.number for ref in refs]

@@ -60,7 +60,7 @@ class PlayingActor:
             for _ in range(TURNS):
                 versions.append(self._engine.version)
                 await asyncio.sleep(self._turn_s)
-        return SimpleNamespace(num_states=0, actor=self._name), (order.group, versions), None
+        return SimpleNamespace(clips=(), shipped=(), actor=self._name), (order.group, versions), None
 
     async def sync(self, step: SyncStep) -> Any:
         return await step.run(self._receiver)

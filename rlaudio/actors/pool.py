@@ -15,10 +15,12 @@ from rlaudio.actors.reward import RewardWorker, ScoredHeader
 from rlaudio.actors.rollout import PlayedHeader, PlayOrder, RolloutWorker
 from rlaudio.actors.serving import serving_environment
 from rlaudio.config import RunConfig
+from rlaudio.data.records import record_sounds
 from rlaudio.errors import EngineError, JudgeError, RolloutError, TurnTimeoutError, VerdictTimeoutError
 from rlaudio.evals.summary import DialogueResult
 from rlaudio.experience.issuing import Issue
 from rlaudio.experience.spool import Spooled
+from rlaudio.experience.states import SharedStates, ShippedStates
 from rlaudio.observe.metrics import GroupStats
 from rlaudio.types import PromptRecord, WeightVersion
 
@@ -43,13 +45,13 @@ class PlayedGroup:
 
     Attributes:
         ref: the dialogues.
-        states: encoder states of their clips; None when nothing is shipped.
+        states: encoder states of their clips; nothing when none are shipped.
     """
 
     record: PromptRecord
     header: PlayedHeader
     ref: ray.ObjectRef
-    states: ray.ObjectRef | None
+    states: tuple[ShippedStates, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +60,14 @@ class ScoredGroup:
 
     Attributes:
         ref: the experience.
-        states: encoder states of its clips, as they were played: no reward actor touches them. None: not shipped.
+        states: encoder states of its clips, as they were played: no reward actor touches them.
         played: the header of the dialogues it was made from.
     """
 
     record: PromptRecord
     header: ScoredHeader
     ref: ray.ObjectRef
-    states: ray.ObjectRef | None
+    states: tuple[ShippedStates, ...]
     played: PlayedHeader
 
     @property
@@ -76,7 +78,7 @@ class ScoredGroup:
     def stats(self) -> GroupStats:
         return replace(
             self.header.stats,
-            num_clips=self.played.num_clips,
+            num_clips=len(self.played.clips),
             encoder_forwards=self.played.encoder_forwards,
             states_bytes=self.played.states_bytes,
         )
@@ -117,6 +119,7 @@ class RolloutPool:
         self._config = config
         self._purpose = f"run{config.run.seed}"
         self._environment, self._place = environment, place
+        self._states = SharedStates()
         self.pool = pool or ActorPool(
             "rollout",
             {f"rollout-{i}": self.make() for i in range(config.rollout.actors)},
@@ -171,6 +174,8 @@ class RolloutPool:
     async def _play(self, record: PromptRecord, order: PlayOrder) -> PlayedGroup:
         attempts, deadline_s = self._config.rollout.attempts, self._config.rollout.group_deadline_s
         failures: list[str] = []
+        known = self._states.find(part.sha256 for _, part in record_sounds(record)) if order.ship_states else {}
+        order = replace(order, shipped=frozenset(known))
         while len(failures) < attempts:
             tried = replace(order, seed=f"{order.seed}/{len(failures)}")
             async with self.pool.lease() as member:
@@ -178,7 +183,8 @@ class RolloutPool:
                 refs = member.handle.play.options(num_returns=3).remote(record, tried)
                 try:
                     header = await self.pool.call(member, refs[0], deadline_s=deadline_s)
-                    return PlayedGroup(record, header, refs[1], refs[2] if header.num_states else None)
+                    needed = (known[name] for name in header.clips if name in known)
+                    return PlayedGroup(record, header, refs[1], self._states.add(header.shipped, refs[2], known=needed))
                 except DEATHS as error:
                     if member.is_leaving:
                         continue  # its pool shrank: handed over, which is no failed attempt
@@ -278,7 +284,7 @@ class RewardPool:
             lambda handle: handle.recall.options(num_returns=2).remote(issue.spooled), issue.record
         )
         oldest, newest = (replace(version, incarnation=issue.incarnation) for version in header.versions)
-        return ScoredGroup(issue.record, replace(header, versions=(oldest, newest)), refs[1], None, played)
+        return ScoredGroup(issue.record, replace(header, versions=(oldest, newest)), refs[1], (), played)
 
     async def evaluate(self, played: PlayedGroup) -> DialogueResult:
         """Judge one held-out dialogue. A source that was slow is left out of it, one that hangs is asked elsewhere.

@@ -38,6 +38,7 @@ class PlayOrder:
         seed: names run, purpose and attempt.
         silence: control: the policy hears silence.
         ship_states: return the clips' encoder states for the learner; an evaluation has no use for them.
+        shipped: clips whose states the learner can have already; they are not shipped again.
         augment: users' sounds are changed as `data.augment` says; never in an evaluation.
     """
 
@@ -48,6 +49,7 @@ class PlayOrder:
     silence: bool = False
     augment: bool = False
     ship_states: bool = False
+    shipped: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +58,18 @@ class PlayedHeader:
 
     Attributes:
         num_turns, prompt_tokens, response_tokens: over all siblings.
-        num_clips: distinct sounds that were heard as encoder states.
         encoder_forwards: of those, how many the encoder ran over for this group.
-        num_states: clips whose states are shipped with the group.
+        clips: sha256 of those that were heard as encoder states, each once.
+        shipped: of these, whose states are shipped with the group.
         states_bytes: of what is shipped.
     """
 
     num_turns: int
     prompt_tokens: int
     response_tokens: int
-    num_clips: int = 0
     encoder_forwards: int = 0
-    num_states: int = 0
+    clips: tuple[str, ...] = ()
+    shipped: tuple[str, ...] = ()
     states_bytes: int = 0
 
 
@@ -155,14 +157,16 @@ class RolloutWorker:
         spec = PlaySpec(order.group, order.num_siblings, sampling, order.seed, silence=order.silence, listener=listener)
         dialogues = await self._player.play_group(record, spec)
         turns = [turn for dialogue in dialogues for turn in dialogue.turns]
-        states = states_batch(listener.heard.values() if listener is not None and order.ship_states else ())
+        heard = listener.heard if listener is not None else {}
+        shipped = tuple(name for name in heard if order.ship_states and name not in order.shipped)
+        states = states_batch(heard[name] for name in shipped)
         header = PlayedHeader(
             num_turns=len(turns),
             prompt_tokens=sum(len(turn.prompt_ids) for turn in turns),
             response_tokens=sum(len(turn.response_ids) for turn in turns),
-            num_clips=len(listener.heard) if listener is not None else 0,
             encoder_forwards=listener.num_forwards if listener is not None else 0,
-            num_states=states.num_rows,
+            clips=tuple(heard),
+            shipped=shipped,
             states_bytes=states.nbytes,
         )
         return header, played_batch(record, dialogues), states

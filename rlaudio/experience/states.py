@@ -1,7 +1,10 @@
 """Encoder states into Arrow and back, bit for bit: the second batch of an experience, one row per clip."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +20,49 @@ _NUMPY_DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
 }
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class ShippedStates:
+    """One states batch where it lies: in Ray's object store.
+
+    Attributes:
+        names: sha256 of its clips.
+        ref: Ray's reference to the batch. The batch is there as long as somebody holds it.
+    """
+
+    names: tuple[str, ...]
+    ref: Any
+
+
+class SharedStates:
+    """What is shipped already, by clip: groups that hear the same sound hold the same states.
+
+    It keeps nothing alive: states are there as long as a group needs them.
+    """
+
+    def __init__(self) -> None:
+        self._shipped: WeakValueDictionary[str, ShippedStates] = WeakValueDictionary()
+
+    def find(self, names: Iterable[str]) -> dict[str, ShippedStates]:
+        """Where the states of these clips are, of those that are anywhere. Whoever holds the answer keeps them."""
+        found = {name: self._shipped.get(name) for name in dict.fromkeys(names)}
+        return {name: shipped for name, shipped in found.items() if shipped is not None}
+
+    def add(self, names: Collection[str], ref: Any, *, known: Iterable[ShippedStates]) -> tuple[ShippedStates, ...]:
+        """All that a group needs, each once: a new batch, and what was there before it.
+
+        Args:
+            names: clips of the new batch. Where another group was faster, its batch is taken; a new batch that has
+                nothing of its own is let go.
+            known: batches with the other clips of the group.
+        """
+        before = self.find(names)
+        new = ShippedStates(tuple(names), ref)
+        for name in names:
+            self._shipped.setdefault(name, new)
+        own = (new,) if len(before) < len(names) else ()
+        return tuple(dict.fromkeys([*known, *before.values(), *own]))
 
 
 def states_batch(clips: Iterable[EncodedClip]) -> pa.RecordBatch:

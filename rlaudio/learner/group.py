@@ -33,6 +33,7 @@ from rlaudio.weights.membership import SenderStep
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from rlaudio.experience.states import ShippedStates
     from rlaudio.learner.rank import RankProbe
 
 
@@ -143,14 +144,14 @@ class LearnerGroup:
     async def prepare(
         self,
         refs: Sequence[ray.ObjectRef[pa.RecordBatch]],
-        states: Sequence[ray.ObjectRef[pa.RecordBatch] | None] = (),
+        states: Sequence[Sequence[ShippedStates]] = (),
     ) -> PreparedBatch:
         """Hand every rank the experience of whole groups; each takes its share.
 
         Args:
             refs: rows, one batch per group.
-            states: encoder states of the clips in the batch of `refs` at the same place, None where none are shipped;
-                or nothing at all. A rank fetches those that it needs and does not have.
+            states: where encoder states of their clips are, per group; of several groups they may be the same. A rank
+                fetches those that it needs and does not have.
 
         Raises:
             DataError, AudioError: a row cannot be trained on.
@@ -159,7 +160,8 @@ class LearnerGroup:
         if self._algorithm is None:
             raise LearnerError("this learner group was built without an algorithm: pass one to take policy steps")
         # In a list, references stay references: Ray would fetch an argument before the call.
-        prepared: list[PreparedBatch] = await self._all("prepare", self._algorithm, list(states), *refs)
+        distinct = list(dict.fromkeys(shipped for group in states for shipped in group))
+        prepared: list[PreparedBatch] = await self._all("prepare", self._algorithm, distinct, *refs)
         return replace(
             max(prepared, key=lambda one: one.prepare_s),
             encoder_forwards=sum(one.encoder_forwards for one in prepared),

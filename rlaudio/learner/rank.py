@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from rlaudio.learner.sounds import ClipSource
 
 
-StatesSource = Callable[[], "pa.RecordBatch"]
-"""Fetches one batch of encoder states, when and if it is needed."""
+StatesSource = tuple[Sequence[str], Callable[[], "pa.RecordBatch | None"]]
+"""A batch of encoder states: sha256 of its clips, and what fetches it, when and if it is needed; None if it is lost."""
 
 
 class RankProbe(Protocol):
@@ -74,15 +74,15 @@ class RankWorker:
         batches: Sequence[pa.RecordBatch],
         algorithm: AlgorithmSettings,
         *,
-        states: Sequence[StatesSource | None] = (),
+        states: Sequence[StatesSource] = (),
     ) -> PreparedBatch:
         """Take in experience of whole groups: encoder states, reference and values of this rank's share; advantages.
 
         Args:
             batches: rows of whole groups.
             algorithm: of the steps to come.
-            states: per batch, where its clips' encoder states can be had; asked only when this rank lacks one. Clips
-                without any are read from the store and encoded here.
+            states: where the clips' encoder states can be had; asked only when this rank lacks one. Clips without any
+                are read from the store and encoded here.
 
         Raises:
             DataError: a row cannot be trained on, or states are damaged.
@@ -101,8 +101,9 @@ class RankWorker:
         )
         mine = [step[trainer.rank] for step in planned.steps]
         needed = {row for step in mine for packed in step for row in packed.rows}
-        trainer.begin_batch([clip.sha256 for row in needed for clip in rows[row].clips])
-        states_bytes = self._take_states(rows, needed, batches=batches, states=states)
+        heard = [clip.sha256 for row in needed for clip in rows[row].clips]
+        trainer.begin_batch(heard)
+        states_bytes = self._take_states(trainer.lacking(heard), states)
         trainer.ensure_states()
         collated = [[self._collate(rows, planned.terms, packed) for packed in step] for step in mine]
         self._steps, advantages = self._policy.prepare(rows, mine=mine, batches=collated, settings=algorithm)
@@ -244,25 +245,15 @@ class RankWorker:
 
     # ---- helpers -------------------------------------------------------------------------------------------------
 
-    def _take_states(
-        self,
-        rows: Sequence[Row],
-        needed: set[int],
-        *,
-        batches: Sequence[pa.RecordBatch],
-        states: Sequence[StatesSource | None],
-    ) -> int:
+    def _take_states(self, lacking: Sequence[str], sources: Sequence[StatesSource]) -> int:
         """Fetch the states batches that hold a clip this rank lacks. Returns the bytes fetched."""
-        num_bytes, first = 0, 0
-        for batch, source in zip(batches, states, strict=bool(states)):
-            mine = needed.intersection(range(first, first + batch.num_rows))
-            first += batch.num_rows
-            lacking = set(self.trainer.lacking(clip.sha256 for row in mine for clip in rows[row].clips))
-            if source is None or not lacking:
+        num_bytes, missing = 0, set(lacking)
+        for names, fetch in sources:
+            if missing.isdisjoint(names) or (batch := fetch()) is None:
                 continue
-            shipped = source()
-            num_bytes += shipped.nbytes
-            self.trainer.take_states([clip for clip in read_states(shipped) if clip.sha256 in lacking])
+            num_bytes += batch.nbytes
+            self.trainer.take_states([clip for clip in read_states(batch) if clip.sha256 in missing])
+            missing.difference_update(names)
         return num_bytes
 
     def _collate(self, rows: Sequence[Row], terms: Sequence[RowTerms], packed: PackedMicroBatch) -> MicroBatch:

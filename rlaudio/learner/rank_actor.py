@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from rlaudio.config import AlgorithmSettings, PhaseSettings
 from rlaudio.errors import LearnerError
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch._C._distributed_c10d import Store  # torch.distributed does not type what it re-exports
 
+    from rlaudio.experience.states import ShippedStates
     from rlaudio.learner.rank import RankProbe, RankWorker
     from rlaudio.weights.delta import Delta
     from rlaudio.weights.shares import Manifest, Share
+
+_LOG = logging.getLogger("rlaudio.learner")
 
 _HandedOut: TypeAlias = "tuple[tuple[StepMetrics, ShareHeader], Manifest, Share | None, Delta | None]"
 
@@ -77,9 +81,11 @@ class RankActor:
         )
         self._live = RankWorker(spec)
 
-    def prepare(self, algorithm: AlgorithmSettings, states: Sequence[Any], *batches: pa.RecordBatch) -> PreparedBatch:
+    def prepare(
+        self, algorithm: AlgorithmSettings, states: Sequence[ShippedStates], *batches: pa.RecordBatch
+    ) -> PreparedBatch:
         deadline_s = self._worker.trainer.spec.learner.step_deadline_s
-        sources = [None if ref is None else partial(_fetch, ref, deadline_s=deadline_s) for ref in states]
+        sources = [(shipped.names, partial(_fetch, shipped, deadline_s=deadline_s)) for shipped in states]
         return self._worker.prepare(batches, algorithm, states=sources)
 
     def forward_backward(self, part: MinibatchSpec) -> None:
@@ -127,10 +133,13 @@ class RankActor:
         return self._live
 
 
-def _fetch(ref: Any, *, deadline_s: float) -> pa.RecordBatch:
-    """One states batch out of Ray's object store, inside a rank."""
+def _fetch(shipped: ShippedStates, *, deadline_s: float) -> pa.RecordBatch | None:
+    """One states batch out of Ray's object store, inside a rank. None: it is lost with the node that held it."""
     try:
-        return cast("pa.RecordBatch", ray.get(ref, timeout=deadline_s))
+        return cast("pa.RecordBatch", ray.get(shipped.ref, timeout=deadline_s))
+    except ObjectLostError as error:
+        _LOG.warning("encoder states of %d clips are lost, they are encoded here: %s", len(shipped.names), error)
+        return None
     except GetTimeoutError as error:
         raise LearnerError(
             f"encoder states did not come from the object store within {deadline_s:g} s: look at the rollout actors' "

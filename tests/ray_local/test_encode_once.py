@@ -2,7 +2,7 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rlaudio.dialogue.template import ChatTemplate
 from rlaudio.errors import LearnerError
 from rlaudio.experience.builder import with_rewards
 from rlaudio.learner.messages import MinibatchSpec, TrainerSpec
-from rlaudio.learner.rank import RankWorker
+from rlaudio.learner.rank import RankWorker, StatesSource
 from rlaudio.models.step_audio import StepAudio, create_tiny
 from rlaudio.models.step_audio.encoder import AudioEncoder
 from rlaudio.types import AudioClip, AudioPart, EncodedClip, Message, PromptRecord, WeightVersion
@@ -56,12 +56,15 @@ class World:
         response = ChatTemplate(self.family.tokenizer, style=self.family.style).response("one two", "three")
         return FakeEngine(lambda request: response, delay_s=0.001)
 
-    async def play(self, engine: FakeEngine, **changes: Any) -> list[tuple[Any, pa.RecordBatch, pa.RecordBatch]]:
+    async def play(
+        self, engine: FakeEngine, *, shipped: Sequence[str] = (), **changes: Any
+    ) -> list[tuple[Any, pa.RecordBatch, pa.RecordBatch]]:
         """Both groups at once: header, experience, states."""
         config = dataclasses.replace(self.config, **changes)
         worker = RolloutWorker(config, on_gpu=False, engine=engine)
         await worker.start(WeightVersion(0, 0))
-        orders = [PlayOrder(number, 8, 1.0, "s", ship_states=True) for number in range(len(self.records))]
+        order = PlayOrder(0, 8, 1.0, "s", ship_states=True, shipped=frozenset(shipped))
+        orders = [dataclasses.replace(order, group=number) for number in range(len(self.records))]
         played = await asyncio.gather(*map(worker.play, self.records, orders))
         return [(header, rewarded(rows), over_the_wire(states)) for header, rows, states in played]
 
@@ -104,13 +107,17 @@ def encoded() -> Iterator[list[int]]:
 class Shipped:
     """A states batch that counts how often it is fetched."""
 
-    def __init__(self, batch: pa.RecordBatch) -> None:
-        self._batch = batch
+    def __init__(self, batch: pa.RecordBatch, *, lost: bool = False) -> None:
+        self._batch, self._lost = batch, lost
         self.fetched = 0
 
-    def __call__(self) -> pa.RecordBatch:
+    @property
+    def source(self) -> StatesSource:
+        return self._batch.column("sha256").to_pylist(), self
+
+    def __call__(self) -> pa.RecordBatch | None:
         self.fetched += 1
-        return self._batch
+        return None if self._lost else self._batch
 
 
 async def test_eight_siblings_three_turns_two_epochs_and_the_reference_encode_each_clip_once(
@@ -127,7 +134,7 @@ async def test_eight_siblings_three_turns_two_epochs_and_the_reference_encode_ea
     worker, sources = world.rank(), [Shipped(states) for _, _, states in played]
     rows = [rows for _, rows, _ in played]
     for fetched in (1, 1):  # the same clips again: nothing is fetched, nothing is encoded
-        prepared = worker.prepare(rows, ALGORITHM, states=sources)
+        prepared = worker.prepare(rows, ALGORITHM, states=[one.source for one in sources])
         assert [source.fetched for source in sources] == [fetched, fetched]
         for epoch in range(ALGORITHM.epochs):
             worker.forward_backward(MinibatchSpec(epoch=epoch, index=0))
@@ -140,10 +147,32 @@ async def test_what_did_not_come_is_encoded_by_the_learner_and_counted(world: Wo
     (_, first, states), (_, second, _) = await world.play(world.engine())
     encoded.clear()
     worker = world.rank()
-    prepared = worker.prepare([first, second], ALGORITHM, states=[Shipped(states), None])
+    prepared = worker.prepare([first, second], ALGORITHM, states=[Shipped(states).source])
     assert prepared.encoder_forwards == len(encoded) == 2, "of three clips one came with the other group"
     worker.forward_backward(MinibatchSpec(epoch=0, index=0))
     assert worker.optimizer_step(snapshot=False)[0].values["encoder_forwards"] == 2
+
+
+async def test_states_that_are_shipped_already_are_not_shipped_again(world: World, encoded: list[int]) -> None:
+    (_, first, states), _ = await world.play(world.engine())
+    there = states.column("sha256").to_pylist()
+    (header, _, nothing), (other, second, rest) = await world.play(world.engine(), shipped=there)
+    assert (header.clips, header.shipped, nothing.num_rows, header.states_bytes) == (tuple(there), (), 0, 0)
+    assert (set(other.clips) - set(other.shipped), rest.num_rows) == ({there[2]}, 2), "the shared clip came again"
+    encoded.clear()
+    sources = [Shipped(states), Shipped(rest)]
+    prepared = world.rank().prepare([first, second], ALGORITHM, states=[one.source for one in sources])
+    assert [source.fetched for source in sources] == [1, 1]
+    assert prepared.encoder_forwards == len(encoded) == 0
+
+
+async def test_states_that_are_lost_are_encoded_by_the_learner(world: World, encoded: list[int]) -> None:
+    (_, first, lost), (_, second, states) = await world.play(world.engine())
+    encoded.clear()
+    sources = [Shipped(lost, lost=True), Shipped(states)]
+    prepared = world.rank().prepare([first, second], ALGORITHM, states=[one.source for one in sources])
+    assert [source.fetched for source in sources] == [1, 1]
+    assert prepared.encoder_forwards == len(encoded) == 2
 
 
 async def test_log_probabilities_with_states_are_those_with_sound(world: World) -> None:
@@ -152,7 +181,7 @@ async def test_log_probabilities_with_states_are_those_with_sound(world: World) 
 
     def logprobs(sources: list[Shipped]) -> torch.Tensor:
         worker = world.rank()
-        worker.prepare(rows, ALGORITHM, states=sources)
+        worker.prepare(rows, ALGORITHM, states=[one.source for one in sources])
         return torch.cat([worker.trainer.reference_logprobs(batch) for batch in worker._steps[0]])
 
     shipped, heard = logprobs([Shipped(states) for _, _, states in played]), logprobs([])
@@ -172,7 +201,7 @@ async def test_states_of_another_checkpoints_encoder_are_refused(world: World, t
     stranger = create_tiny(tmp_path / "other", words=TINY_WORDS, seed=1)
     (_, _, states), _ = await world.play(world.engine(), model=ModelSettings(path=str(stranger.path)))
     with pytest.raises(LearnerError, match=r"its states are of encoder \w{16}, this trainer has \w{16}: .*model.path"):
-        world.rank().prepare([rows], ALGORITHM, states=[Shipped(states)])
+        world.rank().prepare([rows], ALGORITHM, states=[Shipped(states).source])
 
 
 async def test_a_trained_encoder_is_never_given_states(world: World, encoded: list[int]) -> None:
@@ -181,13 +210,13 @@ async def test_a_trained_encoder_is_never_given_states(world: World, encoded: li
     learner = dataclasses.replace(world.config.learner, train_encoder=True)
     (header, rows, states), _ = await world.play(engine, learner=learner)
     assert all(isinstance(clip, AudioClip) for request in engine.requests for clip in request.clips)
-    assert (header.num_states, states.num_rows) == (0, 0)
+    assert (header.clips, header.shipped, states.num_rows) == ((), (), 0)
 
     worker, source = world.rank(train_encoder=True), Shipped(stale)
     names = [worker.trainer.encoder_name]
     encoded.clear()
     for _ in range(2):
-        prepared = worker.prepare([rows], ALGORITHM, states=[source])
+        prepared = worker.prepare([rows], ALGORITHM, states=[source.source])
         worker.forward_backward(MinibatchSpec(epoch=0, index=0))
         metrics, _ = worker.optimizer_step(snapshot=False)
         names.append(worker.trainer.encoder_name)

@@ -152,13 +152,13 @@ async def plain_loop(world: World) -> tuple[Snapshot, Snapshot, int]:
             group, record = prompts.num_issued, prompts.next()
             seed = f"run{config.run.seed}/train/{group}/0"
             order = PlayOrder(group, algorithm.group_size, config.sampling.temperature, seed, ship_states=True)
-            _, dialogues, heard = await rollout.play(record, order)
+            header, dialogues, heard = await rollout.play(record, order)
             judged, experience = await reward.judge(record, dialogues)
             if not judged.has_signal:
                 num_dull += 1
                 continue
             batch.append(experience)
-            states.append(lambda heard=heard: heard)
+            states.append((header.shipped, lambda heard=heard: heard))
         rank.prepare(batch, algorithm, states=states)
         rank.forward_backward(MinibatchSpec(epoch=0, index=0))
         _, snapshot = rank.optimizer_step()
@@ -198,6 +198,20 @@ async def test_a_cancelled_group_leaves_the_engine(world: World) -> None:
             await task
     played = await world.rollouts.play(world.records[0], group=1_001)
     assert played.header.num_turns == 2 * world.config.algorithm.group_size
+
+
+async def test_groups_that_hear_the_same_sounds_hold_the_same_states(world: World) -> None:
+    """Once in Ray's store, however many groups are in flight; shipped anew when nobody held them any more."""
+    record = world.records[0]
+    first = await world.rollouts.play(record, group=1_003)
+    again = await world.rollouts.play(record, group=1_004)
+    assert first.header.shipped and again.header.clips == first.header.clips
+    assert (again.header.shipped, again.header.states_bytes, again.states) == ((), 0, first.states)
+    read = await first.states[0].ref
+    assert tuple(read.column("sha256").to_pylist()) == first.states[0].names == first.header.shipped
+    shipped = first.header.shipped
+    del first, again
+    assert (await world.rollouts.play(record, group=1_005)).header.shipped == shipped
 
 
 async def test_a_busy_engine_is_slow_and_a_hanging_one_is_left_out(world: World) -> None:

@@ -70,7 +70,7 @@ class World:
             raise self.failure
         version = WeightVersion(0, self.trained)
         judged = {"versions": (version, version), "spooled": None}
-        return SimpleNamespace(has_signal=True, ref=group, states=None, oldest_version=version, **judged)
+        return SimpleNamespace(has_signal=True, ref=group, states=(), oldest_version=version, **judged)
 
     async def judge(self, played: Any) -> Any:
         return played
@@ -470,7 +470,7 @@ def judges(said: list[str], ended: list[Any], *answers: Callable[[], str]) -> Re
     return RewardPool(RunConfig(), environment={}, pool=pool)
 
 
-PLAYED: Any = PlayedGroup(RECORDS[0], header=None, ref=None, states=None)  # type: ignore[arg-type]
+PLAYED: Any = PlayedGroup(RECORDS[0], header=None, ref=None, states=())  # type: ignore[arg-type]
 DEATHS = [EngineDeadError("the engine is dead: out of memory"), RayActorError()]
 
 

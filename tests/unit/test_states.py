@@ -1,5 +1,8 @@
 """Encoder states survive Arrow bit for bit, once per clip, without a stranger's bytes; damage is refused."""
 
+import pickle
+import weakref
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from rlaudio.errors import DataError
 from rlaudio.experience.schema import STATES
-from rlaudio.experience.states import read_states, states_batch
+from rlaudio.experience.states import SharedStates, ShippedStates, read_states, states_batch
 from rlaudio.types import EncodedClip
 
 DTYPES = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
@@ -80,3 +83,47 @@ def test_what_cannot_be_states_is_refused() -> None:
         read_states(unknown)
     with pytest.raises(DataError, match="schema none"):
         read_states(whole.replace_schema_metadata({}))
+
+
+class Ref:
+    """What Ray's reference is here: something that is there or gone."""
+
+
+def test_a_sound_of_two_groups_is_shipped_once() -> None:
+    shared = SharedStates()
+    first = shared.add(["a", "b"], Ref(), known=())
+    known = shared.find(["b", "c"])
+    assert known.keys() == {"b"}
+    second = shared.add(["c"], Ref(), known=known.values())
+    assert {one.names for one in second} == {("a", "b"), ("c",)}
+    assert shared.find(["a", "b", "c"]).keys() == {"a", "b", "c"}
+    assert first[0] in second, "the second group was given another batch for the shared sound"
+
+
+def test_the_slower_of_two_groups_takes_what_the_faster_one_shipped() -> None:
+    shared = SharedStates()
+    faster = shared.add(["a", "b"], Ref(), known=())
+    late = Ref()
+    gone = weakref.ref(late)
+    slower = shared.add(["b", "a"], late, known=())
+    del late
+    assert slower == faster
+    assert gone() is None, "states that nobody needs are kept"
+    half = shared.add(["b", "c"], Ref(), known=())
+    assert {name for one in half for name in one.names} == {"a", "b", "c"}
+
+
+def test_states_are_let_go_with_the_last_group_that_needs_them() -> None:
+    shared = SharedStates()
+    first = shared.add(["a"], Ref(), known=())
+    second = shared.add([], Ref(), known=shared.find(["a"]).values())
+    del first
+    assert shared.find(["a"])["a"] in second
+    del second
+    assert not shared.find(["a"])
+
+
+def test_shipped_states_are_pickled_with_their_names() -> None:
+    """They go to the ranks inside a list: their reference is not fetched on the way."""
+    found = pickle.loads(pickle.dumps(ShippedStates(("a",), "ref")))
+    assert (found.names, found.ref) == (("a",), "ref")
