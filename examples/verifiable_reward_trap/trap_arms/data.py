@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from spoken_world.attacking import JUDGE_VOCABULARY
 from spoken_world.building import fresh
-from spoken_world.heldout import _lines
+from spoken_world.heldout import pair_lines
 from spoken_world.judging import JUDGE_PHASES, judge_pairs
-from spoken_world.vocabulary import WORDS
 
 from rlaudio.data.records import read_records, write_records
 from rlaudio.rewards.preference_rows import content_key
@@ -35,7 +35,7 @@ def make_data(out: Path, *, world: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     _make_comparisons(out)
     if not (out / "judge-init" / "config.json").is_file():
-        fresh(out / "judge-init", words=WORDS, seed=JUDGE_SEED)
+        fresh(out / "judge-init", words=JUDGE_VOCABULARY, seed=JUDGE_SEED)
     records = read_records(world / "train.jsonl")
     middle = len(records) // 2
     for name, half in (("first", records[:middle]), ("second", records[middle:])):
@@ -48,13 +48,13 @@ def _make_comparisons(out: Path) -> None:
     # The world keeps them apart in one order only; the recipe refuses a comparison that is learned the other way round.
     known = {content_key(pair.comparison) for pair in held}
     if not (out / "judge-heldout.jsonl").is_file():
-        write_text_atomic(out / "judge-heldout.jsonl", "".join(json.dumps(line) + "\n" for line in _lines(iter(held))))
+        write_text_atomic(out / "judge-heldout.jsonl", "".join(json.dumps(line) + "\n" for line in pair_lines(iter(held))))
     for number, (name, count) in enumerate(NUM_PAIRS.items()):
         path = out / f"judge-{name}.jsonl"
         if path.is_file():
             continue
         phase = JUDGE_PHASES[number]
         pairs = judge_pairs(seed=JUDGE_SEED + number, num=count, items=phase.items, plain=phase.plain)
-        lines = _lines(pair for pair in pairs if content_key(pair.comparison) not in known)
+        lines = pair_lines(pair for pair in pairs if content_key(pair.comparison) not in known)
         numbered = ({**line, "id": f"{name}-{index}"} for index, line in enumerate(lines))
         write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in numbered))
