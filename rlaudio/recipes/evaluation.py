@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rlaudio.config_stages import EvaluationConfig
 from rlaudio.data.run_data import RunData
@@ -11,7 +12,8 @@ from rlaudio.evals.heldout import evaluate, evaluate_siblings
 from rlaudio.evals.summary import EvaluationResult, read_evaluation, summarise, write_evaluation
 from rlaudio.observe.progress import Progress
 from rlaudio.observe.tracker import Tracker
-from rlaudio.recipes.playing import playing_actors
+from rlaudio.recipes.playing import PlayingActors, playing_actors
+from rlaudio.recipes.stored_weights import differ_in_weights_alone
 from rlaudio.runs import RunFolder, write_json_atomic
 
 
@@ -24,16 +26,20 @@ async def run_evaluation(
         The content of `report.json`; see `compare`.
 
     Raises:
-        EngineError, RolloutError, JudgeError: nothing could be played or judged; what was evaluated stays.
+        EngineError, RolloutError, JudgeError, WeightSyncError: nothing could be played or judged, or no engine took a
+            policy's weights; what was evaluated stays.
     """
     policies = config.policies or {"policy": config.model.path}
     found: dict[str, list[EvaluationResult]] = {}
-    for name, path in policies.items():
-        files = {heldout: folder.path / f"evaluation-{name}-{heldout}.json" for heldout in data.heldout}
-        more = {heldout: folder.path / f"siblings-{name}-{heldout}.json" for heldout in data.heldout if config.siblings}
-        if not all(file.is_file() for file in (*files.values(), *more.values())):
-            await _evaluate_one(config, name, path, data=data, files=files, more=more, progress=progress)
-        found[name] = [read_evaluation(file) for file in files.values()]
+    async with _Engines(config, progress=progress) as engines:
+        for name, path in policies.items():
+            files = {heldout: folder.path / f"evaluation-{name}-{heldout}.json" for heldout in data.heldout}
+            more = {heldout: folder.path / f"siblings-{name}-{heldout}.json" for heldout in data.heldout}
+            more = more if config.siblings else {}
+            if not all(file.is_file() for file in (*files.values(), *more.values())):
+                actors = await engines.of(name, path)
+                await _evaluate_one(config, name, actors, data=data, files=files, more=more, progress=progress)
+            found[name] = [read_evaluation(file) for file in files.values()]
     report = compare(found, paths=policies, seed=config.run.seed, num_resamples=config.evaluation.bootstrap)
     write_json_atomic(folder.report_json, report)
     for step, levels in enumerate(report["levels"].values()):
@@ -43,10 +49,39 @@ async def run_evaluation(
     return report
 
 
+class _Engines:
+    """Engines and judges, kept from one policy to the next where the policies differ in trained weights alone."""
+
+    def __init__(self, config: EvaluationConfig, *, progress: Progress) -> None:
+        self._config, self._progress = config, progress
+        self._running = AsyncExitStack()
+        self._actors: PlayingActors | None = None
+        self._num_loaded = 0
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._running.aclose()
+
+    async def of(self, name: str, path: str) -> PlayingActors:
+        """Actors with the weights of `path`. Raises as `playing_actors` and `PlayingActors.load`."""
+        if self._actors is not None and differ_in_weights_alone(self._actors.model, path):
+            self._num_loaded += 1
+            self._progress.stage(f"loading the weights of {name}")
+            await self._actors.load(path, number=self._num_loaded)
+            return self._actors
+        await self._running.aclose()
+        self._progress.stage(f"starting engines for {name}")
+        chosen = dataclasses.replace(self._config, model=dataclasses.replace(self._config.model, path=path))
+        self._actors = await self._running.enter_async_context(playing_actors(chosen, told=self._progress.say))
+        return self._actors
+
+
 async def _evaluate_one(
     config: EvaluationConfig,
     name: str,
-    path: str,
+    actors: PlayingActors,
     *,
     data: RunData,
     files: Mapping[str, Path],
@@ -54,34 +89,31 @@ async def _evaluate_one(
     progress: Progress,
 ) -> None:
     """`more`: set -> file of its siblings; empty where none are asked for."""
-    progress.stage(f"starting engines for {name}")
-    chosen = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
-    async with playing_actors(chosen, told=progress.say) as actors:
-        if not all(file.is_file() for file in files.values()):
-            progress.stage(f"held-out dialogues of {name}")
-            results = await evaluate(
-                data.heldout,
-                phase="after",
-                rollouts=actors.rollouts,
-                rewards=actors.rewards,
-                settings=config.evaluation,
-                progressed=progress.update,
-                told=progress.say,
-            )
-            for result in results:
-                write_evaluation(files[result.name], result)
-        if all(file.is_file() for file in more.values()):
-            return
-        progress.stage(f"sampled siblings of {name}")
-        sampled = await evaluate_siblings(
-            {heldout: records[: config.evaluation.max_dialogues or None] for heldout, records in data.heldout.items()},
-            num_siblings=config.siblings,
-            num_records=config.sibling_records,
+    if not all(file.is_file() for file in files.values()):
+        progress.stage(f"held-out dialogues of {name}")
+        results = await evaluate(
+            data.heldout,
+            phase="after",
             rollouts=actors.rollouts,
             rewards=actors.rewards,
+            settings=config.evaluation,
             progressed=progress.update,
             told=progress.say,
         )
+        for result in results:
+            write_evaluation(files[result.name], result)
+    if all(file.is_file() for file in more.values()):
+        return
+    progress.stage(f"sampled siblings of {name}")
+    sampled = await evaluate_siblings(
+        {heldout: records[: config.evaluation.max_dialogues or None] for heldout, records in data.heldout.items()},
+        num_siblings=config.siblings,
+        num_records=config.sibling_records,
+        rollouts=actors.rollouts,
+        rewards=actors.rewards,
+        progressed=progress.update,
+        told=progress.say,
+    )
     for result in sampled:
         write_evaluation(more[result.name], result)
 

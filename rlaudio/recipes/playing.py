@@ -1,4 +1,4 @@
-"""Actors that play and judge, without a learner: one checkpoint's weights for as long as they live."""
+"""Actors that play and judge, without a learner: a checkpoint's weights, and then those of others like it."""
 
 import asyncio
 import dataclasses
@@ -7,13 +7,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from rlaudio.actors.pool import RewardPool, RolloutPool
-from rlaudio.config import RunConfig
-from rlaudio.errors import WeightSyncError
+from rlaudio.config import ModelSettings, RunConfig
 from rlaudio.recipes.cluster import actor_environment
 from rlaudio.recipes.places import reserve
 from rlaudio.recipes.scaling import supervised
+from rlaudio.recipes.stored_weights import StoredTransport, StoredWeights
 from rlaudio.types import WeightVersion
-from rlaudio.weights.base import Broadcast, Receivers, SnapshotRef
 from rlaudio.weights.joining import JoinableWeights
 
 _START = WeightVersion(0, 0)
@@ -21,8 +20,29 @@ _START = WeightVersion(0, 0)
 
 @dataclass(frozen=True, slots=True)
 class PlayingActors:
+    """What runs.
+
+    Attributes:
+        model: what the actors were started with.
+        weights: brings engines, of actors that come later too, the weights of another checkpoint.
+    """
+
     rollouts: RolloutPool
     rewards: RewardPool
+    model: ModelSettings
+    weights: JoinableWeights
+
+    async def load(self, path: str, *, number: int) -> None:
+        """Go on with the weights of another checkpoint; see `differ_in_weights_alone`.
+
+        Args:
+            number: another one for other weights, from 1 on.
+
+        Raises:
+            WeightSyncError: no engine took them.
+        """
+        stored = dataclasses.replace(self.model, path=path)
+        await self.weights.broadcast(StoredWeights(stored, dataclasses.replace(_START, number=number)))
 
 
 @asynccontextmanager
@@ -38,22 +58,16 @@ async def playing_actors(config: RunConfig, *, told: Callable[[str], None]) -> A
     places = await reserve(unlearned, told=told)
     rollouts = RolloutPool(config, environment=environment, told=told, place=places.options)
     rewards = RewardPool(config, environment=environment, told=told, place=places.options)
-    weights = JoinableWeights(_NeverMoving(), receivers=rollouts.pool, version=_START)
+    transport = StoredTransport(rollouts.pool, deadline_s=config.sync.deadline_s)
+    weights = JoinableWeights(transport, receivers=rollouts.pool, version=_START)
     try:
         await asyncio.gather(rollouts.start(_START), rewards.start())
         async with supervised(config, rollouts=rollouts, rewards=rewards, weights=weights, version=_START, told=told):
-            yield PlayingActors(rollouts, rewards)
+            yield PlayingActors(rollouts, rewards, config.model, weights)
     finally:
         rollouts.pool.stop()
         rewards.pool.stop()
         places.release()
-
-
-class _NeverMoving:
-    """A `WeightTransport` with nothing to carry: whoever starts holds the checkpoint, and that is all there is."""
-
-    async def broadcast(self, snapshot: SnapshotRef, *, to: Receivers | None = None) -> Broadcast:
-        raise WeightSyncError(f"weights {snapshot.version} cannot be sent: nothing is trained beside these actors")
 
 
 def playing_needs(config: RunConfig) -> dict[str, tuple[float, float]]:

@@ -10,19 +10,22 @@ import numpy as np
 import pytest
 import torch
 
+from rlaudio.config import ModelSettings
 from rlaudio.engines.base import Generation, GenerationRequest
 from rlaudio.engines.inprocess import InProcessEngine
 from rlaudio.errors import WeightSyncError
 from rlaudio.models import checkpoints
 from rlaudio.models.step_audio import StepAudio, create_tiny
 from rlaudio.models.step_audio.modeling import StepAudioModule
+from rlaudio.recipes.stored_weights import ReadCheckpoint, StoredWeights, differ_in_weights_alone
 from rlaudio.types import WeightVersion
+from rlaudio.weights.receiver import WeightReceiver
 from rlaudio.weights.snapshot import Snapshot
 from tests.ray_local.engine_world import WORDS, World
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 
-OLD, NEW = WeightVersion(1, 0), WeightVersion(1, 1)
+OLD, NEW, NEWEST = (WeightVersion(1, number) for number in range(3))
 BOUND_NATS = 1e-4
 SHARD_BYTES = 800_000
 
@@ -94,6 +97,13 @@ async def test_names_shapes_and_values_survive(world: World, tmp_path: Path) -> 
         partial = Snapshot.of(named[1:], version=NEW, wire_dtype="float32").to_update()
         with pytest.raises(WeightSyncError, match="it must come together with"):
             await engine.update_weights(partial, deadline_s=30.0)
+        receiver = WeightReceiver(engine)
+        start = StoredWeights(ModelSettings(path=str(family.path), dtype="float32"), NEWEST)
+        assert await ReadCheckpoint(start).run(receiver) == sum(tensor.nbytes for _, tensor in named)
+        await receiver.swap(NEWEST, deadline_s=30.0)
+        third = await engine.generate(request)
+        assert third.version_spans[0].version == NEWEST
+        assert worst_gap(before, world, request, third) < BOUND_NATS, "the checkpoint is not what the engine has"
     assert worst_gap(trained, world, request, second) < BOUND_NATS
     assert worst_gap(before, world, request, second) > 100 * BOUND_NATS
 
@@ -101,6 +111,7 @@ async def test_names_shapes_and_values_survive(world: World, tmp_path: Path) -> 
     limit = SHARD_BYTES if shards > 1 else 1 << 30
     family.save(trained, tmp_path / "export", dtype=torch.float32, max_shard_bytes=limit)
     assert layout(tmp_path / "export") == layout(family.path)
+    assert differ_in_weights_alone(ModelSettings(path=str(family.path)), str(tmp_path / "export"))
     again = StepAudio(tmp_path / "export").load_module(dtype=torch.float32)
     for (name, left), (other, right) in zip(trained.state_dict().items(), again.state_dict().items(), strict=True):
         assert name == other and torch.equal(left, right), name

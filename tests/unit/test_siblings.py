@@ -53,7 +53,7 @@ class Fakes:
         return record
 
     async def evaluate(self, record: PromptRecord) -> DialogueResult:
-        return DialogueResult(record.id, "t", 1, (turn(),))
+        return DialogueResult(record.id, "t", 1, (turn(reply=self.policy),))
 
 
 async def siblings(fakes: Fakes, told: list[str], **sets: list[PromptRecord]) -> dict[str, list[str]]:
@@ -100,7 +100,7 @@ async def test_a_resumed_evaluation_plays_the_policies_that_lack_something(
     @asynccontextmanager
     async def actors(config: EvaluationConfig, *, told: Any) -> AsyncIterator[Any]:
         started.append(Fakes(Path(config.model.path).name))
-        yield types.SimpleNamespace(rollouts=started[-1], rewards=started[-1])
+        yield types.SimpleNamespace(rollouts=started[-1], rewards=started[-1], model=config.model)
 
     monkeypatch.setattr(evaluation, "playing_actors", actors)
     data = RunData([], {"held": records("p", "q")})
@@ -122,6 +122,47 @@ async def test_a_resumed_evaluation_plays_the_policies_that_lack_something(
         assert await go(folder, siblings=2) == []
         (folder.path / "siblings-end-held.json").unlink()
         assert await go(folder, siblings=2) == ["n"]
+
+
+async def test_policies_that_differ_in_weights_alone_share_their_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+
+    class Actors(Fakes):
+        rollouts = rewards = property(lambda self: self)
+
+        def __init__(self, model: Any) -> None:
+            super().__init__(model.path)
+            self.model = model
+
+        async def load(self, path: str, *, number: int) -> None:
+            happened.append(f"load {path} as {number}")
+            self.policy = path
+
+    @asynccontextmanager
+    async def actors(config: EvaluationConfig, *, told: Any) -> AsyncIterator[Any]:
+        happened.append(f"start {config.model.path}")
+        yield Actors(config.model)
+        happened.append("end")
+
+    monkeypatch.setattr(evaluation, "playing_actors", actors)
+    monkeypatch.setattr(evaluation, "differ_in_weights_alone", lambda model, path: model.path[0] == path[0])
+    policies = {"a": "m1", "b": "m2", "c": "n1", "d": "n2", "e": "n3"}
+    with create_run(str(tmp_path), name="e", seed=0) as folder, Progress() as progress:
+        await evaluation.run_evaluation(
+            config(tmp_path, policies=policies),
+            data=RunData([], {"held": records("p")}),
+            folder=folder,
+            tracker=Tracker(),  # type: ignore[arg-type]
+            progress=progress,
+        )
+        replies = [
+            read_evaluation(folder.path / f"evaluation-{name}-held.json").dialogues[0].turns[0].reply
+            for name in policies
+        ]
+    assert happened == ["start m1", "load m2 as 1", "end", "start n1", "load n2 as 2", "load n3 as 3", "end"]
+    assert replies == list(policies.values()), "a policy was measured with another one's weights"
 
 
 class Tracker:

@@ -48,7 +48,9 @@ def _make_comparisons(out: Path) -> None:
     # The world keeps them apart in one order only; the recipe refuses a comparison that is learned the other way round.
     known = {content_key(pair.comparison) for pair in held}
     if not (out / "judge-heldout.jsonl").is_file():
-        write_text_atomic(out / "judge-heldout.jsonl", "".join(json.dumps(line) + "\n" for line in pair_lines(iter(held))))
+        write_text_atomic(
+            out / "judge-heldout.jsonl", "".join(json.dumps(line) + "\n" for line in pair_lines(iter(held)))
+        )
     for number, (name, count) in enumerate(NUM_PAIRS.items()):
         path = out / f"judge-{name}.jsonl"
         if path.is_file():
