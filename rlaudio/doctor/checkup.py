@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlaudio.actors.rollout import PlayOrder
+from rlaudio.aio import all_or_first_error
 from rlaudio.audio.store import ClipStore
 from rlaudio.config import RunConfig
 from rlaudio.doctor.bounds import Bounds, bounds_for
@@ -121,10 +122,8 @@ class Checkup:
             for index in range(len(self.chosen()))
         ]
         async with asyncio.timeout(self.config.rollout.group_deadline_s):
-            return list(
-                await asyncio.gather(
-                    *(self.sides.play(record, order) for record, order in zip(self.chosen(), orders, strict=True))
-                )
+            return await all_or_first_error(
+                self.sides.play(record, order) for record, order in zip(self.chosen(), orders, strict=True)
             )
 
     async def score(self, batches: Sequence[pa.RecordBatch]) -> list[FloatArray]:

@@ -130,6 +130,9 @@ class RaySides:
         except TimeoutError as error:
             ray.cancel(ref)
             raise EngineError(f"the rollout actor did not answer the doctor within {self._deadline_s:g} s") from error
+        except asyncio.CancelledError:
+            ray.cancel(ref)
+            raise
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, RlaudioError) else EngineError(_last(error))) from error
         except RayActorError as error:

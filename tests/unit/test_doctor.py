@@ -1,5 +1,6 @@
 """The doctor's own arithmetic: rows and their JSON, differences, divergences, and weights compared by name."""
 
+import asyncio
 import io
 import json
 import math
@@ -11,20 +12,23 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
+from rlaudio.actors.rollout import PlayOrder
+from rlaudio.config import ModelSettings, RunConfig
 from rlaudio.doctor.bounds import bounds_for
 from rlaudio.doctor.checks.deaf import divergence
 from rlaudio.doctor.checks.special_ids import check_ids
 from rlaudio.doctor.checks.versions import judge_versions
-from rlaudio.doctor.checkup import gap, over, parity
+from rlaudio.doctor.checkup import QUICK, Checkup, gap, over, parity
 from rlaudio.doctor.held import compare_held
 from rlaudio.doctor.rows import Row, complaint, failures, table, write_json
 from rlaudio.engines.probe import TopLogprobs
 from rlaudio.engines.worker_probe import probe_inputs
-from rlaudio.errors import ConfigError, DoctorError
+from rlaudio.errors import ConfigError, DoctorError, RolloutError
 from rlaudio.experience.builder import played_batch
 from rlaudio.models.base import SpecialIds
+from rlaudio.models.step_audio import create_tiny
 from rlaudio.preflight import PACKAGES
-from rlaudio.types import Dialogue, PromptRecord, Turn, VersionSpan, WeightVersion
+from rlaudio.types import Dialogue, Message, PromptRecord, TextPart, Turn, VersionSpan, WeightVersion
 from rlaudio.weights.snapshot import Snapshot, checksum
 
 ROWS = [
@@ -262,3 +266,24 @@ def test_what_decides_is_named_before_other_differences() -> None:
     installed = lock | dict.fromkeys(others, "2") | {"ray": "2.61.1"}
     row = judge_versions(installed, lock=lock | others, source="cpu.txt")
     assert str(row.measured["which"]).startswith("ray 2.61.1 (lock 2.60.0)")
+
+
+async def test_a_dialogue_that_fails_ends_the_others_with_it(tmp_path: Path) -> None:
+    """Else they would fail one by one with an actor that is gone, and nobody would hear of it but the terminal."""
+    ended: list[str] = []
+
+    class Sides:
+        async def play(self, record: PromptRecord, order: PlayOrder) -> pa.RecordBatch:
+            if order.group == 0:
+                await asyncio.sleep(0)
+                raise RolloutError("no words")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(record.id)
+
+    config = RunConfig(model=ModelSettings(path=str(create_tiny(tmp_path / "m", words=["one"], seed=0).path)))
+    records = [PromptRecord(name, "t", (Message("user", (TextPart("hi"),)),)) for name in "abc"]
+    with pytest.raises(RolloutError, match="no words"):
+        await Checkup(config, records, Sides(), replace(QUICK, records=3)).play()  # type: ignore[arg-type]
+    assert sorted(ended) == ["b", "c"]
