@@ -38,7 +38,7 @@ def voice_of(named: str, *, place: str = "--voice") -> NamedVoice:
     """The voice of `package.module:Class {option: value}`; errors call it by its `place`.
 
     Raises:
-        ConfigError: there is no such class, or it does not take these options.
+        ConfigError: there is no such class, it does not take these options, or it has no voice for them.
     """
     name, _, text = named.strip().partition(" ")
     try:
@@ -52,6 +52,8 @@ def voice_of(named: str, *, place: str = "--voice") -> NamedVoice:
         voice: Voice = made(**options)
     except TypeError as error:
         raise ConfigError(f"{place} {named!r}: {name} cannot be built ({error}); correct its options") from error
+    except AudioError as error:
+        raise ConfigError(f"{place} {named!r}: {error}") from error
     return NamedVoice(" ".join(str(value) for value in options.values()) or name.rpartition(":")[2], voice)
 
 

@@ -20,7 +20,8 @@ from spoken_world.voice import EspeakVoice, synthesizer
 
 from rlaudio.audio.store import ClipStore
 from rlaudio.data.records import read_records
-from rlaudio.errors import AudioError, DataError
+from rlaudio.data.speak import voice_of
+from rlaudio.errors import AudioError, ConfigError, DataError
 from rlaudio.rewards.preference_rows import require_apart
 from rlaudio.rewards.preferences import read_preferences
 from rlaudio.rewards.verifiers import turn_correct
@@ -129,6 +130,11 @@ def test_sound_depends_on_its_own_arguments_alone() -> None:
     assert first.dtype == np.float32
     assert 0.5 < len(first) / 16_000 < 3.0
     assert 0.01 < np.abs(first).max() <= 1.0
+
+
+def test_a_voice_that_is_not_there_is_named_before_anything_is_spoken() -> None:
+    with pytest.raises(ConfigError, match=r"voices: .*en-xx.*no voice named 'en-xx'; use a name like"):
+        voice_of("spoken_world.voice:EspeakVoice {voice: en-xx}", place="voices:")
 
 
 def test_rate_and_pitch_can_be_heard_from_every_voice_of_their_task() -> None:

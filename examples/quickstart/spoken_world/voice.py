@@ -136,10 +136,14 @@ class EspeakVoice:
         voice: a name of eSpeak NG, e.g. "en-us" or "en-us+f2".
         rate: words per minute.
         pitch: 0 to 99, relative to the voice.
+
+    Raises:
+        AudioError: there is no such voice, or it cannot speak like this.
     """
 
     def __init__(self, voice: str = "en-us", *, rate: int = 175, pitch: int = 50) -> None:
         self.voice, self.rate, self.pitch = voice, rate, pitch
+        self.speak("a")  # a run should not find out dialogue by dialogue
 
     def speak(self, text: str) -> FloatArray:
         """[N] mono samples at `SAMPLE_RATE_HZ`. Raises AudioError when the text cannot be spoken."""
