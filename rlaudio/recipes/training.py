@@ -24,6 +24,9 @@ from rlaudio.runs import RunFolder
 from rlaudio.types import WeightVersion
 from rlaudio.weights.base import WeightTransport
 
+LOOK_EVERY_S = 15.0
+"""How often ranks that wait for a batch are asked whether they live."""
+
 
 async def train_through_losses(
     config: RunConfig,
@@ -83,6 +86,18 @@ async def _come_back(config: RunConfig, parts: Parts, memory: Memory) -> Parts:
     return replace(parts, prompts=memory.prompts, version=version)
 
 
+async def _watch_idle(learner: LearnerGroup) -> None:
+    """Raises RanksLostError: a rank died while nobody asked it for anything.
+
+    Its weights are lost with it. Where all engines are lost too, those that come find none to join with, and there
+    would never be a batch that the ranks are asked to train on.
+    """
+    while True:
+        await asyncio.sleep(LOOK_EVERY_S)
+        if not learner.is_busy and (why := await learner.find_lost()):
+            raise RanksLostError(f"{why}, waiting for a batch")
+
+
 async def bring_back(learner: LearnerGroup, weights: WeightTransport, checkpoint: Path | None) -> WeightVersion:
     """A learner that has just started, and the engines, take the weights of a checkpoint, or of `model.path`."""
     if checkpoint is not None:
@@ -112,13 +127,16 @@ async def train_and_keep(config: RunConfig, parts: Parts, *, first_step: int, pr
             progress.say(f"the checkpoint could not be saved: {error}")
 
     try:
-        await train(
-            config.algorithm,
-            parts,
-            first_step=first_step,
-            last_step=config.run.steps,
-            save_every=config.run.checkpoint_every,
-        )
+        async with asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(_watch_idle(parts.learner))
+            await train(
+                config.algorithm,
+                parts,
+                first_step=first_step,
+                last_step=config.run.steps,
+                save_every=config.run.checkpoint_every,
+            )
+            watching.cancel()
     except asyncio.CancelledError:
         await keep("stopping")
         raise

@@ -24,6 +24,7 @@ from rlaudio.learner.group import LearnerGroup
 from rlaudio.learner.messages import TrainerSpec
 from rlaudio.loop import Parts
 from rlaudio.observe.progress import Progress
+from rlaudio.recipes import training
 from rlaudio.recipes.restoring import Memory, remembering
 from rlaudio.recipes.training import train_through_losses
 from rlaudio.runs import create_run
@@ -62,6 +63,8 @@ class World:
     kept: set[int] = field(default_factory=set)  # what the weights had seen when it began
     sends_well: int = 10_000  # a rank dies in the broadcast after so many, and nobody else hears of it
     sync_error: WeightSyncError | None = None
+    dies_idle: bool = False  # once, with all engines, while the learner waits for the first batch
+    is_busy: bool = False
 
     async def _work(self, what: str) -> None:
         await asyncio.sleep(self.rng.choice([0.0, 0.0, 0.001]))
@@ -77,6 +80,9 @@ class World:
     async def play(self, record: PromptRecord, *, group: int) -> Any:
         oldest = self.engines
         self.played.add(group)
+        if self.dies_idle:
+            self.lost = "learner rank 1 died"
+            await asyncio.Event().wait()  # engines that come find nobody who has weights for them
         await asyncio.sleep(self.rng.choice([0.0, 0.001]))
         versions = (oldest, self.engines)
         return SimpleNamespace(
@@ -146,7 +152,7 @@ class World:
     async def restart(self, version: WeightVersion, *, least_ranks: int) -> None:
         self.restarts += 1
         self.restarts_s.append(asyncio.get_running_loop().time())
-        self.lost, self.seen, self.version = "", [], version
+        self.lost, self.seen, self.version, self.dies_idle = "", [], version, False
         self.played, self.kept, self.sends_well = set(), set(), 10_000
         await self._work("start")
 
@@ -268,6 +274,17 @@ def test_a_rank_that_dies_while_it_sends_weights_is_a_lost_rank(tmp_path: Path) 
     sums = train_world(world, tmp_path, said=said)
     assert world.restarts == 1 and sums.problems == () and sums.durable == STEPS * PER_STEP
     assert "rank 1 died, sending; training ended by WeightSyncError" in said.getvalue()
+
+
+def test_a_rank_that_dies_while_it_waits_is_found_though_nothing_is_asked_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "LOOK_EVERY_S", 0.01)
+    said = io.StringIO()
+    world = World(random.Random(0), fatal=[], dies_idle=True)
+    sums = train_world(world, tmp_path, said=said)
+    assert world.restarts == 1 and sums.problems == () and sums.durable == STEPS * PER_STEP
+    assert "learner rank 1 died, waiting for a batch" in said.getvalue()
 
 
 def test_weights_that_do_not_come_for_another_reason_end_the_run(tmp_path: Path) -> None:
