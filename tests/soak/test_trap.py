@@ -19,7 +19,18 @@ pytestmark = pytest.mark.soak
 
 EXAMPLE = ROOT / "examples" / "verifiable_reward_trap"
 SEEDS = (0, 1, 2)
-STAGES = ("judge", "rlvr", "rlvr_brief", "rlhf", "joint", "staged_first", "staged", "evaluation")
+STAGES = (
+    "judge",
+    "rlvr",
+    "rlvr_brief",
+    "rlhf",
+    "joint",
+    "staged_first",
+    "staged",
+    "warm_rlvr",
+    "warm_brief",
+    "evaluation",
+)
 CELL_DEADLINE_S = 30 * 60.0
 
 

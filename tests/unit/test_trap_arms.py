@@ -158,6 +158,18 @@ def test_a_claim_follows_its_own_intervals(
     assert outcome(name, results()) == "undecided"
 
 
+@pytest.mark.parametrize("arm", ["warm_rlvr", "warm_brief"])
+def test_a_style_is_worn_away_where_liking_or_courtesy_fell_whatever_the_accuracy(arm: str) -> None:
+    for accuracy, liked, warm in itertools.product((UP, FLAT, DOWN), repeat=3):
+        moved = {"accuracy": accuracy, "preference_right": liked, "warm": warm}
+        wanted = "shown" if DOWN in (liked, warm) else "not shown"
+        assert outcome(arm, results(contrasts={("joint", arm): moved})) == wanted, moved
+    missing = results()
+    pair = ("joint", arm)
+    bare = {m: c for m, c in missing.contrasts[pair].items() if m != "warm"}
+    assert outcome(arm, dataclasses.replace(missing, contrasts={**missing.contrasts, pair: bare})) == "undecided"
+
+
 def test_a_judge_that_costs_accuracy_keeps_nothing() -> None:
     costly = {("rlvr", "joint"): {"preference_right": UP, "accuracy": DOWN}}
     assert outcome("joint", results(contrasts=costly)) == "not shown"
@@ -168,13 +180,19 @@ def test_the_headline_says_when_the_claim_does_not_show() -> None:
     fine = {"accuracy": UP}
 
     def head(**since: Mapping[str, Change]) -> str:
-        return headline(claims(results(since)))
+        said, _, worn = headline(claims(results(since))).partition("; ")
+        assert worn == "a style that was taught before stays"
+        return said
 
     assert "not with verified reward alone" in head(rlvr=fine, rlvr_brief=trapped)
     assert head(rlvr=fine, rlvr_brief=fine).startswith("The trap does not show")
     assert head(rlvr=trapped, rlvr_brief=fine) == "The trap shows with verified reward alone"
     assert head(rlvr=trapped, rlvr_brief=trapped).endswith("and with efficiency pressure")
     assert head() == "These runs do not decide whether the trap shows"
+    worn = results(contrasts={("joint", "warm_brief"): {"warm": DOWN}})
+    assert headline(claims(worn)).endswith("; a style that was taught before is worn away under efficiency pressure")
+    worn = results(contrasts={("joint", "warm_rlvr"): {"preference_right": DOWN}})
+    assert headline(claims(worn)).endswith("; a style that was taught before is worn away by verified reward alone")
 
 
 # ---- the files ----------------------------------------------------------------------------------------------------
@@ -225,7 +243,7 @@ def test_arms_differ_in_their_weights_alone() -> None:
     weights = {n: [one.weight for one in c.rewards.sources] for n, c in loaded.items() if n != "evaluation"}
     assert weights == {
         "rlvr": [1, 0, 0], "rlvr_brief": [1, 0.1, 0], "rlhf": [0, 0, 1], "joint": [1, 0, 0.2],
-        "staged_first": [1, 0, 0], "staged": [0, 0, 1],
+        "staged_first": [1, 0, 0], "staged": [0, 0, 1], "warm_rlvr": [1, 0, 0], "warm_brief": [1, 0.1, 0],
     }  # fmt: skip
     plain = {name: dataclasses.asdict(config) for name, config in loaded.items() if name != "evaluation"}
     for one in plain.values():
@@ -238,6 +256,9 @@ def test_arms_differ_in_their_weights_alone() -> None:
         assert plain[name]["data"].pop("train").startswith(str(EXAMPLE / "data" / "train-"))
     assert plain["staged"].pop("model")["path"] == str(stages["staged_first"].results["model"])
     assert plain["staged_first"].pop("model") == plain["joint"]["model"]
+    for name in ("warm_rlvr", "warm_brief"):
+        assert plain[name].pop("model")["path"] == str(stages["joint"].results["model"])
+        assert plain[name] == {key: value for key, value in plain["joint"].items() if key != "model"}
     rest = {**plain["joint"], "run": {k: v for k, v in plain["joint"]["run"].items() if k != "steps"}}
     rest["data"] = {k: v for k, v in rest["data"].items() if k != "train"}
     del rest["model"]
@@ -348,7 +369,8 @@ def test_arms_are_resumed_none_is_made_twice_and_all_are_reported(plan: experime
     with pytest.raises(RunFolderError, match="'evaluation' of trap-seed3 is not done"):
         experiment.report(plan, narrator=None)
     assert go(plan, FakeStages(), until="joint") == ["rlhf resumed", "joint"]
-    assert go(plan, FakeStages()) == ["staged_first", "staged", "evaluation"], "the judge and the other arms lie there"
+    rest = ["staged_first", "staged", "warm_rlvr", "warm_brief", "evaluation"]
+    assert go(plan, FakeStages()) == rest, "the judge and the other arms lie there"
     assert go(plan, FakeStages()) == []
     (plan.here.parent / "quickstart" / "checkpoints" / "judge" / "weights").write_text("another judge")
     assert go(plan, FakeStages()) == arms, "it trained them, and what they came to is as before"

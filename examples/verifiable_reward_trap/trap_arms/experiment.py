@@ -78,12 +78,12 @@ def run(plan: Plan, *, train: Train, until: str = "") -> int:
 
 _TINY = (
     "run.name=trap-tiny",
-    *(f"stages[{index}].settings.run={{steps: 2, checkpoint_every: 1}}" for index in range(6)),
-    *(f"stages[{index}].settings.doctor={{before_train: false}}" for index in range(6)),
-    "stages[6].settings.rewards={judge_model: {path: ../quickstart/checkpoints/judge}}",
-    "stages[6].settings.evaluation={max_dialogues: 12}",
-    "stages[6].settings.siblings=2",
-    "stages[6].settings.sibling_records=6",
+    *(f"stages[{index}].settings.run={{steps: 2, checkpoint_every: 1}}" for index in range(8)),
+    *(f"stages[{index}].settings.doctor={{before_train: false}}" for index in range(8)),
+    "stages[8].settings.rewards={judge_model: {path: ../quickstart/checkpoints/judge}}",
+    "stages[8].settings.evaluation={max_dialogues: 12}",
+    "stages[8].settings.siblings=2",
+    "stages[8].settings.sibling_records=6",
 )
 
 

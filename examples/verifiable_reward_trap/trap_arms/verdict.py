@@ -23,6 +23,8 @@ ARMS: Mapping[str, str] = {
     "joint": "verified reward and judge in one run",
     "staged_first": "verified reward alone, half of the steps",
     "staged": "then the judge alone, the other half",
+    "warm_rlvr": "from the joint arm's end on, verified reward alone",
+    "warm_brief": "the same with slight efficiency pressure",
 }
 CONTRASTS: Mapping[tuple[str, str], str] = {
     ("rlvr", "rlvr_brief"): "what efficiency pressure does",
@@ -30,6 +32,8 @@ CONTRASTS: Mapping[tuple[str, str], str] = {
     ("rlhf", "joint"): "what verified reward adds to the judge",
     ("staged_first", "staged"): "what the second stage changes",
     ("staged", "joint"): "one run instead of two stages",
+    ("joint", "warm_rlvr"): "what verified reward alone leaves of a style",
+    ("joint", "warm_brief"): "what it leaves under efficiency pressure",
 }
 """(first, second): second minus first."""
 
@@ -102,12 +106,27 @@ def claims(results: Results) -> list[Claim]:
         _restores(results),
         _complements(results),
         _forgets(results),
+        _wears(results, "warm_rlvr", "Verified reward alone wears away a style that a judge had taught."),
+        _wears(results, "warm_brief", "With slight efficiency pressure it does."),
         _narrows(results),
     ]
 
 
 def headline(found: Sequence[Claim]) -> str:
-    """The verdict in one sentence, by the first two claims."""
+    """The verdict in one sentence: on arms that begin terse, and on those with a style to lose."""
+    worn = {claim.name: claim.outcome for claim in found if claim.name in ("warm_rlvr", "warm_brief")}
+    if worn["warm_rlvr"] == "shown":
+        said = "; a style that was taught before is worn away by verified reward alone"
+    elif worn["warm_brief"] == "shown":
+        said = "; a style that was taught before is worn away under efficiency pressure"
+    elif set(worn.values()) == {"not shown"}:
+        said = "; a style that was taught before stays"
+    else:
+        said = "; whether a style that was taught before stays is undecided"
+    return _from_a_terse_start(found) + said
+
+
+def _from_a_terse_start(found: Sequence[Claim]) -> str:
     alone, pressed = (claim.outcome for claim in found[:2])
     if alone == "shown":
         return "The trap shows with verified reward alone" + (", and with efficiency pressure" * (pressed == "shown"))
@@ -186,6 +205,17 @@ def _forgets(results: Results) -> Claim:
     outcome: Outcome = "not shown" if _rose(second, "accuracy") else "undecided"
     said = "Accuracy rose on" if outcome == "not shown" else "No clear loss"
     return Claim("staged", claim, outcome, f"{said} in the second stage: {told}.")
+
+
+def _wears(results: Results, arm: str, claim: str) -> Claim:
+    """Shown: liking or courtesy fell since the joint arm's end. Accuracy needs not rise: it rose there."""
+    changes = results.contrasts["joint", arm]
+    told = "; ".join(_told(m, changes) for m in ("preference_right", "warm", "words", "accuracy"))
+    if any(_fell(changes, m) for m in WATCHED):
+        return Claim(arm, claim, "shown", f"Since the joint arm's end: {told}.")
+    if any(m not in changes for m in WATCHED):
+        return Claim(arm, claim, "undecided", f"Values are missing: {told}.")
+    return Claim(arm, claim, "not shown", f"Nothing of liking or courtesy clearly fell: {told}.")
 
 
 def _narrows(results: Results) -> Claim:
