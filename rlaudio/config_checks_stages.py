@@ -1,18 +1,20 @@
-"""What no curation, evaluation or pipeline can be started with; the part of `config_checks` for `config_stages`."""
+"""What no curation, distillation, evaluation or pipeline can be started with: `config_checks` for `config_stages`."""
 
 import dataclasses
 import difflib
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rlaudio.config_checks import run_problems
-from rlaudio.config_stages import CurationConfig, EvaluationConfig
+from rlaudio.config_stages import CurationConfig, DistilConfig, EvaluationConfig
 
 RESULTS = {
     "sft": {"model": "model"},
     "reward_model": {"model": "model"},
     "curate": {"records": "records.jsonl"},
+    "distil": {"records": "records.jsonl"},
     "rl": {"model": "model"},
     "evaluate": {"report": "report.json"},
 }
@@ -29,6 +31,47 @@ def curation_problems(config: CurationConfig) -> list[str]:
     """
     recipe = "rl" if config.recipe == "curate" else config.recipe
     return [*run_problems(dataclasses.replace(config, recipe=recipe)), *_keep_problems(config)]
+
+
+def distil_problems(config: DistilConfig) -> list[str]:
+    """The same of a distillation, whose file may be that of an RL run."""
+    recipe = "rl" if config.recipe == "distil" else config.recipe
+    found = run_problems(dataclasses.replace(config, recipe=recipe))
+    distil = config.distil
+    for setting, value, least in (("k", distil.k, 1), ("most", distil.most, 0), ("max_records", distil.max_records, 0)):
+        if value < least:
+            found.append(f"distil.{setting} is {value}: set {least} or more")
+    if config.data.augment.share > 0:
+        found.append(
+            f"data.augment.share is {config.data.augment.share:g}: answers are written to the sounds as they lie, set 0"
+        )
+    if not distil.filters:
+        found.append("distil.filters is empty, so every answer would be learned from: name at least one")
+    names = [one.name for one in distil.filters]
+    known = [source.name for source in config.rewards.sources]
+    for index, one in enumerate(distil.filters):
+        place = f"distil.filters[{index}]"
+        if not _STAGE_NAME.fullmatch(one.name) or one.name in RESERVED_FATES:
+            found.append(
+                f"{place}.name is {one.name!r}: use letters, digits and _, and none of {_listed(RESERVED_FATES)}"
+            )
+        elif one.name in names[:index]:
+            found.append(f"{place}.name is {one.name!r}, as that of an earlier filter: rename one of them")
+        if one.source not in known:
+            found.append(
+                f"{place}.source is {one.source!r}, and rewards.sources are {_listed(known)}: name one of them"
+            )
+        if not math.isfinite(one.least):
+            found.append(f"{place}.least is {one.least}: set a finite number")
+    return found
+
+
+RESERVED_FATES = ("kept", "behind", "spare", "unparsable", "unplayed", "unjudged")
+"""What else may become of a turn, see `rlaudio.data.distil`."""
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
 
 
 def evaluation_problems(config: EvaluationConfig) -> list[str]:

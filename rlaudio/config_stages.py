@@ -1,4 +1,4 @@
-"""CurationConfig and PipelineConfig: settings for choosing records by the policy, and for stages that run in order."""
+"""Settings of recipes around training: what the policy chooses or says to learn from, evaluation, pipelines."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +35,38 @@ class CurationConfig(RunConfig):
 
 
 @dataclass
+class FilterSettings:
+    """What an answer must pass to be learned from: a reward source's verdict on its turn."""
+
+    name: str = MISSING  # as it is counted, for example right, coherent, grounded
+    source: str = MISSING  # name of one of `rewards.sources`
+    detail: str = ""  # of what the source says, for example "kept" of AcousticGrounding. Empty: its value
+    least: float = 1.0  # lower fails, and so does a turn of which the source says nothing
+
+
+@dataclass
+class DistilSettings:
+    """Which answers of the policy it is fine-tuned on: rejection sampling (MGRD, arXiv:2511.15848)."""
+
+    tasks: list[str] = field(default_factory=list)  # records of these tasks. Empty: of any
+    axes: list[str] = field(default_factory=list)  # and of these axes
+    max_records: int = 0  # the first so many of them; 0: all
+    k: int = 8  # dialogues that are sampled of each
+    filters: list[FilterSettings] = field(default_factory=list)  # in order; a turn counts for the first that it fails
+    most: int = 2  # different answers that are kept of one record; 0: all
+    # The records to fine-tune on. Empty: `records.jsonl` in the run folder
+    output: str = field(default="", metadata=PLACE)
+
+
+@dataclass
+class DistilConfig(RunConfig):
+    """`recipe: distil`: the settings of an RL run, of which the learner's are not used, and what is kept."""
+
+    recipe: str = "distil"
+    distil: DistilSettings = field(default_factory=DistilSettings)
+
+
+@dataclass
 class EvaluationConfig(RunConfig):
     """`recipe: evaluate`: several checkpoints on the held-out sets of an RL run's settings, compared in their order."""
 
@@ -52,7 +84,7 @@ class StageSettings:
     """One stage of a pipeline: a recipe with its own file."""
 
     name: str = MISSING
-    recipe: str = MISSING  # sft, reward_model, curate, rl, evaluate
+    recipe: str = MISSING  # sft, reward_model, curate, distil, rl, evaluate
     config: str = field(default=MISSING, metadata=PATH)
     # Settings over those of the file, names with dots: `model.path: ${stage.cold_start.model}`
     settings: dict[str, Any] = field(default_factory=dict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,15 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rlaudio.aio import StopsOnSigterm, Terminated
-from rlaudio.cli.train import INTERRUPTED, TERMINATED, make_importable
+from rlaudio.cli.rolled import roll
+from rlaudio.cli.train import make_importable
 from rlaudio.config_checks_stages import curation_problems
 from rlaudio.config_loader import load_config, to_yaml
 from rlaudio.config_objects import object_problems
 from rlaudio.config_stages import CurationConfig
 from rlaudio.data.problems import MAX_PROBLEMS
 from rlaudio.data.run_data import read_data
-from rlaudio.errors import RlaudioError
 from rlaudio.preflight import check_platform, check_shm, check_versions, check_writable
 from rlaudio.runs import RunFolder, create_run, open_run, write_text_atomic
 from rlaudio.types import PromptRecord
@@ -59,43 +57,18 @@ def _problems(config: CurationConfig) -> list[str]:
 
 
 def _run(config: CurationConfig, records: Sequence[PromptRecord], folder: RunFolder) -> int:
-    from rlaudio.cli.trackers import open_trackers
-    from rlaudio.observe.progress import Progress
-    from rlaudio.observe.tracker import Status
-    from rlaudio.recipes.cluster import joined_ray
     from rlaudio.recipes.curation import KEPT, run_curation
-    from rlaudio.recipes.playing import playing_needs
 
-    again = shlex.join(["rlaudio", "data", "curate", str(folder.config_yaml), "--resume", str(folder.path)])
-
-    def late() -> None:
-        print(f"stopped by SIGTERM; go on with: {again}", file=sys.stderr, flush=True)
-        os._exit(TERMINATED)  # whatever hangs must not keep whoever waits for the process
-
-    trackers = open_trackers(folder, config.tracking)
-    status: Status = "FAILED"
-    try:
-        with (
-            StopsOnSigterm(deadline_s=config.run.stop_deadline_s, late=late) as stopping,
-            Progress() as progress,
-            joined_ray(playing_needs(config), waits=True),
-        ):
-            report = stopping.run(
-                run_curation(config, records=records, folder=folder, tracker=trackers.all, progress=progress)
-            )
-        for path in (folder.report_json, folder.report_html):
-            trackers.all.log_artifact(path)
-        status = "FINISHED"
-    except KeyboardInterrupt as stop:
-        status = "KILLED"
-        by_signal = isinstance(stop, Terminated)
-        print(f"stopped{' by SIGTERM' * by_signal}; go on with: {again}", file=sys.stderr)
-        return TERMINATED if by_signal else INTERRUPTED
-    except RlaudioError:
-        print(f"the run folder keeps what was rolled out; go on with: {again}", file=sys.stderr)
-        raise
-    finally:
-        trackers.all.finish(status)
+    report = roll(
+        config,
+        folder,
+        lambda tracker, progress: run_curation(
+            config, records=records, folder=folder, tracker=tracker, progress=progress
+        ),
+        again=shlex.join(["rlaudio", "data", "curate", str(folder.config_yaml), "--resume", str(folder.path)]),
+    )
+    if isinstance(report, int):
+        return report
     Console(width=None if sys.stdout.isatty() else 110).print(curation_table(report))
     print(f"report:  {folder.report_html}")
     print(f"records: {config.curation.output or folder.path / KEPT}")

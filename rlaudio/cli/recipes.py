@@ -8,7 +8,7 @@ from rlaudio.errors import ConfigError
 TINY_RECIPES = ("rl", "sft", "reward_model")
 """Recipes that `--tiny` knows how to shrink."""
 
-RECIPES = ("rl", "sft", "reward_model", "curate", "evaluate", "pipeline")
+RECIPES = ("rl", "sft", "reward_model", "curate", "distil", "evaluate", "pipeline")
 
 
 def recipe_command(config_path: str, overrides: Sequence[str], *, resume: str | None, tiny: bool = False) -> int:
@@ -46,6 +46,10 @@ def recipe_command(config_path: str, overrides: Sequence[str], *, resume: str | 
         from rlaudio.cli.data_curate import curate_command
 
         return curate_command(config_path, overrides, resume=resume)
+    if recipe == "distil":
+        from rlaudio.cli.distil import distil_command
+
+        return distil_command(config_path, overrides, resume=resume)
     if recipe == "sft":
         from rlaudio.cli.sft import sft_command
 

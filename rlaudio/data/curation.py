@@ -15,7 +15,7 @@ from typing import Any, Literal
 from rlaudio.config_stages import CurationSettings
 from rlaudio.data.records import record_to_json
 from rlaudio.errors import DataError
-from rlaudio.evals.summary import DialogueResult
+from rlaudio.evals.summary import DialogueResult, TurnResult
 from rlaudio.types import PromptRecord
 
 Fate = Literal["kept", "too hard", "too easy", "unjudged"]
@@ -29,7 +29,7 @@ class Rolled:
     Attributes:
         digest: of the whole record: another one under the same id is played again.
         passed: one per dialogue; empty where there is a problem.
-        dialogues: what was said, for whoever wants to read or learn from it.
+        dialogues: what was said and what sources said of it, for whoever wants to read or learn from it.
         problem: why it could not be played or judged; such a record is tried again by the next attempt.
     """
 
@@ -75,7 +75,7 @@ def rolled(
         right = sum(turn.correct and turn.parsable for turn in dialogue.turns if turn.turn in verified)
         return right >= pass_share * len(verified) - 1e-9
 
-    said = tuple({"turns": [_said(asdict(turn)) for turn in dialogue.turns]} for dialogue in dialogues)
+    said = tuple({"turns": [_said(turn) for turn in dialogue.turns]} for dialogue in dialogues)
     return Rolled(made.id, made.task, made.digest, tuple(passes(dialogue) for dialogue in dialogues), said)
 
 
@@ -83,8 +83,9 @@ _SAID = ("turn", "thinking", "reply", "correct", "parsable", "reward", "num_toke
 """Of a turn; the rest is in the record."""
 
 
-def _said(turn: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: turn[name] for name in _SAID}
+def _said(turn: TurnResult) -> dict[str, Any]:
+    judged = {part.source: {"value": part.value, "detail": part.detail} for part in turn.breakdown}
+    return {**{name: getattr(turn, name) for name in _SAID}, "judged": judged}
 
 
 # ---- what was rolled out, kept between attempts -------------------------------------------------------------------

@@ -3,29 +3,24 @@
 On the rollout and reward actors of an RL run. What was rolled out lies in the run folder and is not rolled out again.
 """
 
-import asyncio
 import dataclasses
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from rlaudio.actors.pool import PlayedGroup
-from rlaudio.aio import all_or_first_error
 from rlaudio.config import JudgeModelSettings, RunConfig, ServedModelSettings, SourceSettings
 from rlaudio.config_objects import unjudged_records
 from rlaudio.config_stages import CurationConfig
-from rlaudio.data.curation import Rolled, RolledFile, require_kept, rolled, still_to_roll, summarise_curation
+from rlaudio.data.curation import require_kept, summarise_curation
 from rlaudio.data.records import write_records
 from rlaudio.dialogue.users import user_message
-from rlaudio.errors import ConfigError, DataError, JudgeError, RolloutError
-from rlaudio.evals.summary import DialogueResult
-from rlaudio.fingerprint import Contents, fingerprint
+from rlaudio.errors import ConfigError, DataError
 from rlaudio.observe.curation_page import write_curation_page
 from rlaudio.observe.progress import Progress
 from rlaudio.observe.tracker import Tracker
 from rlaudio.recipes.playing import playing_actors
+from rlaudio.recipes.rolling import Rolling, require_same, rolled_out
 from rlaudio.registry import load_object
 from rlaudio.rewards.base import Judge, JudgeServices
 from rlaudio.rewards.constraints import rules_in_force
@@ -35,20 +30,8 @@ from rlaudio.rewards.verifier import Verifier
 from rlaudio.runs import RunFolder, write_json_atomic
 from rlaudio.types import PromptRecord
 
-ROLLED, IDENTITY, KEPT = "rolled.jsonl", "curation.json", "kept.jsonl"
+IDENTITY, KEPT = "curation.json", "kept.jsonl"
 _MAX_NAMED = 3
-
-
-class Rollouts(Protocol):
-    """What plays; `RolloutPool` does."""
-
-    async def sample(self, record: PromptRecord, *, index: int, num_siblings: int, purpose: str) -> PlayedGroup: ...
-
-
-class Graders(Protocol):
-    """What judges; `RewardPool` does."""
-
-    async def grade(self, played: PlayedGroup) -> list[DialogueResult]: ...
 
 
 def verifying(config: CurationConfig) -> CurationConfig:
@@ -66,7 +49,7 @@ def verifying(config: CurationConfig) -> CurationConfig:
             "or name in curation.sources those that report `correct`"
         )
     rewards = dataclasses.replace(config.rewards, sources=chosen, shuffle=False)
-    if not any(_asks_a_model(source) for source in chosen):
+    if not any(asks_a_model(source) for source in chosen):
         rewards = dataclasses.replace(
             rewards, judge_model=JudgeModelSettings(), reference_model=ServedModelSettings(), num_gpus=0.0
         )
@@ -77,7 +60,7 @@ def _verifies(source: SourceSettings) -> bool:
     return getattr(load_object(source.judge), "measures", "") == "verified"
 
 
-def _asks_a_model(source: SourceSettings) -> bool:
+def asks_a_model(source: SourceSettings) -> bool:
     """A verifier asks none; of any other class nobody knows."""
     made = load_object(source.judge)
     return not (isinstance(made, type) and issubclass(made, Verifier))
@@ -168,31 +151,17 @@ async def run_curation(
         EngineError: no actor is left; what was rolled out stays.
     """
     curation = config.curation
-    turns = verified_turns(config, records)
-    _require_same(config, folder.path / IDENTITY)
-    file = RolledFile(folder.path / ROLLED)
+    rolling = Rolling(
+        purpose="curation",
+        k=curation.k,
+        turns=verified_turns(config, records),
+        pass_share=curation.pass_share,
+        kept=lambda one: one.fate(curation.keep) == "kept",
+    )
+    require_same(config, folder.path / IDENTITY, free="curation.keep", k=curation.k, pass_share=curation.pass_share)
     started = time.monotonic()
-    missing = still_to_roll(records, file.found, k=curation.k)
-    try:
-        if missing:
-            if known := len(records) - len(missing):
-                progress.say(f"{known} of {len(records)} records are rolled out already")
-            progress.stage("starting engines")
-            async with playing_actors(config, told=progress.say) as actors:
-                progress.stage("rolling out")
-                await roll_out(
-                    config,
-                    missing,
-                    turns=turns,
-                    rollouts=actors.rollouts,
-                    graders=actors.rewards,
-                    keep=file.add,
-                    progressed=lambda done, fields: progress.update(done, len(missing), fields),
-                )
-    finally:
-        file.close()
+    found = await rolled_out(config, records, rolling, folder=folder, progress=progress, play=playing_actors)
     progress.stage("writing the report")
-    found = [file.found[record.id] for record in records]
     report = summarise_curation(found, curation) | {
         "policy": config.model.path,
         "seed": config.run.seed,
@@ -207,72 +176,6 @@ async def run_curation(
     output.parent.mkdir(parents=True, exist_ok=True)
     write_records(output, [record for record in records if record.id in kept])
     return report
-
-
-async def roll_out(
-    config: CurationConfig,
-    records: Sequence[PromptRecord],
-    *,
-    turns: Mapping[str, frozenset[int]],
-    rollouts: Rollouts,
-    graders: Graders,
-    keep: Callable[[Rolled], None],
-    progressed: Callable[[int, Mapping[str, float]], None],
-) -> None:
-    """Play and judge every record, as many at once as the engines take; each is kept as soon as it is judged.
-
-    Raises:
-        EngineError: no actor is left. What a single record fails at is kept as its problem.
-    """
-    curation = config.curation
-    slots = asyncio.Semaphore(in_flight(config))
-    done = num_kept = 0
-
-    async def one(index: int, record: PromptRecord) -> None:
-        nonlocal done, num_kept
-        async with slots:
-            try:
-                played = await rollouts.sample(record, index=index, num_siblings=curation.k, purpose="curation")
-                results = await graders.grade(played)
-                made = rolled(record, results, verified=turns[record.id], pass_share=curation.pass_share)
-            except (RolloutError, JudgeError) as error:
-                made = dataclasses.replace(rolled(record, (), verified=(), pass_share=1.0), problem=str(error))
-        keep(made)
-        done += 1
-        num_kept += made.fate(curation.keep) == "kept"
-        progressed(done, {"kept": num_kept})
-
-    await all_or_first_error(one(index, record) for index, record in enumerate(records))
-
-
-def in_flight(config: CurationConfig) -> int:
-    """Records at once: twice what the engines run at a time, so that the end of a long dialogue leaves none idle."""
-    rollout = config.rollout
-    return max(2, 2 * rollout.engine.max_num_seqs // config.curation.k) * rollout.actors
-
-
-def _require_same(config: CurationConfig, path: Path) -> None:
-    """A folder's rollouts are of one policy, played and judged in one way; the range that is kept may change."""
-    decisive = {
-        "model": config.model,
-        "dialogue": config.dialogue,
-        "sampling": config.sampling,
-        "sources": config.rewards.sources,
-        "augment": config.data.augment,
-        "seed": config.run.seed,
-        "k": config.curation.k,
-        "pass_share": config.curation.pass_share,
-    }
-    contents = Contents()
-    identity = {name: fingerprint({name: value}, contents=contents) for name, value in decisive.items()}
-    if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if changed := [name for name, value in identity.items() if known.get(name) != value]:
-            raise DataError(
-                f"{path.parent} holds rollouts made under another {', '.join(changed)}: resume with the settings that "
-                "it began with (curation.keep alone may change), or start a new curation"
-            )
-    write_json_atomic(path, identity)
 
 
 def _track(report: Mapping[str, Any], tracker: Tracker) -> None:

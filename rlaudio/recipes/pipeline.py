@@ -26,11 +26,17 @@ from typing import Any
 from rlaudio.config import RunConfig, SftConfig, TrackingSettings
 from rlaudio.config_checks import run_problems, secret_problems, sft_problems
 from rlaudio.config_checks_judges import reward_model_problems
-from rlaudio.config_checks_stages import RESULTS, curation_problems, evaluation_problems, stage_problems
+from rlaudio.config_checks_stages import (
+    RESULTS,
+    curation_problems,
+    distil_problems,
+    evaluation_problems,
+    stage_problems,
+)
 from rlaudio.config_judges import RewardModelConfig
 from rlaudio.config_loader import code_path, load_config, read_plain
 from rlaudio.config_objects import object_problems
-from rlaudio.config_stages import CurationConfig, EvaluationConfig, PipelineConfig
+from rlaudio.config_stages import CurationConfig, DistilConfig, EvaluationConfig, PipelineConfig
 from rlaudio.errors import ConfigError, RunFolderError
 from rlaudio.fingerprint import Contents, fingerprint, inputs
 from rlaudio.runs import kept_path, write_json_atomic
@@ -39,6 +45,7 @@ SCHEMAS: Mapping[str, type[Any]] = {
     "sft": SftConfig,
     "reward_model": RewardModelConfig,
     "curate": CurationConfig,
+    "distil": DistilConfig,
     "rl": RunConfig,
     "evaluate": EvaluationConfig,
 }
@@ -46,10 +53,11 @@ _CHECKS: Mapping[str, Callable[[Any], list[str]]] = {
     "sft": sft_problems,
     "reward_model": reward_model_problems,
     "curate": curation_problems,
+    "distil": distil_problems,
     "rl": run_problems,
     "evaluate": evaluation_problems,
 }
-_OUTPUTS = {"sft": "run.output", "reward_model": "run.output", "curate": "curation.output"}
+_OUTPUTS = {"sft": "run.output", "reward_model": "run.output", "curate": "curation.output", "distil": "distil.output"}
 """Settings by which a recipe is told where its result goes; of the others it is found in the run folder."""
 
 _DECIDES_NOTHING = ("config.run.name", "config.run.stop_deadline_s", "config.tracking")
@@ -339,6 +347,9 @@ def _own_words(stage: Stage, run: Path) -> str:
     if stage.recipe == "curate":
         counts = _read(run / "report.json")["all"]
         return f"kept {counts['kept']} of {counts['records']}"
+    if stage.recipe == "distil":
+        counts = _read(run / "report.json")["turns"]
+        return f"kept {counts['kept']} of {sum(counts.values())} turns"
     if stage.recipe == "evaluate":
         return f"{len(_read(run / 'report.json')['policies'])} policies"
     return "not evaluated"

@@ -4,8 +4,8 @@ Counted are the *aspects* of sound that a text names (pitch, rate, loudness, pau
 speaker, background), in two ways: phrases that mean sound by themselves ("pitch", "out of breath"), and words that do
 so only near a word for sound ("high" within four words of "voice"). Not counted is what
 
-- repeats the user: runs of three words or more that the transcript holds. Reasoning that only says the question again,
-  "is my voice high or low", has perceived nothing;
+- repeats the user: runs of three words or more that the transcript holds, words for sound in them included. Reasoning
+  that only says the question again, "is my voice high or low", has perceived nothing;
 - leaves it open: "high or low" names two words of one aspect joined by "or".
 
 Three more things lower the value: the share of the reasoning that repeats the transcript, speaking of the sound as text
@@ -157,6 +157,15 @@ def measure_grounding(
     return Grounding(named, share, of_text, denies, value)
 
 
+def perceived(thinking: str, transcript: str, phrases: Sequence[str]) -> list[int]:
+    """Which words of a reasoning (by number) are one of `phrases`, single words, said of the sound.
+
+    That is near a word for sound, neither repeating the user nor left open ("high or low").
+    """
+    said = words(thinking)
+    return _near_sound(said, _quoted(said, words(transcript)), phrases)
+
+
 def lexicon(
     *, more: Mapping[str, Sequence[str]] | None = None, without: Iterable[str] = (), source: str = "grounding"
 ) -> dict[str, Aspect]:
@@ -199,11 +208,17 @@ def _names(said: list[str], quoted: list[bool], aspect: Aspect) -> bool:
         for at in range(len(said) - len(patterns) + 1):
             if all(p.fullmatch(w) for p, w in zip(patterns, said[at:], strict=False)) and not quoted[at]:
                 return True
-    near = [any(_pattern(one).fullmatch(word) for one in aspect.near) for word in said]
-    return any(
-        near[at] and not quoted[at] and not _left_open(said, near, at) and _has_sound(said, at)
+    return bool(_near_sound(said, quoted, aspect.near))
+
+
+def _near_sound(said: list[str], quoted: list[bool], phrases: Sequence[str]) -> list[int]:
+    """Where one of these words stands near a word for sound; neither quoted, nor left open."""
+    near = [any(_pattern(one).fullmatch(word) for one in phrases) for word in said]
+    return [
+        at
         for at in range(len(said))
-    )
+        if near[at] and not quoted[at] and not _left_open(said, near, at) and _has_sound(said, quoted, at)
+    ]
 
 
 def _left_open(said: list[str], near: list[bool], at: int) -> bool:
@@ -212,8 +227,9 @@ def _left_open(said: list[str], near: list[bool], at: int) -> bool:
     return after or before
 
 
-def _has_sound(said: list[str], at: int) -> bool:
-    around = said[max(0, at - _NEAR) : at] + said[at + 1 : at + 1 + _NEAR]
+def _has_sound(said: list[str], quoted: list[bool], at: int) -> bool:
+    """Whether one of the user's words for sound is near: not one that only repeats the question."""
+    around = [word for place, word in enumerate(said) if 0 < abs(place - at) <= _NEAR and not quoted[place]]
     return any(_pattern(one).fullmatch(word) for one in SOUND_WORDS for word in around)
 
 

@@ -35,7 +35,7 @@ _RIVALS = frozenset("yes no right wrong well please thanks friend sir dear".spli
 """Words that may frame, and may be the answer. Where the answer is made of them, the others are claims like any other:
 else "please thanks sir" would match each of its words."""
 
-_DENIALS = frozenset("not isnt arent wasnt never neither nor cannot".split())
+DENIALS = frozenset("not isnt arent wasnt never neither nor cannot".split())
 """Where these stand beside an answer, it may be denied: "it is not seven"."""
 
 
@@ -78,7 +78,7 @@ def numeric(reply: str, answer: str, *, tolerance: float = 0.0, relative_toleran
     found = quantities(reply)
     allowed = max(tolerance, relative_tolerance * abs(wanted[0].value))
     right = bool(found) and all(_same(one, wanted[0], allowed=allowed) for one in found)
-    return right and _DENIALS.isdisjoint(words(reply))
+    return right and DENIALS.isdisjoint(words(reply))
 
 
 def _same(found: Quantity, wanted: Quantity, *, allowed: float) -> bool:
@@ -133,7 +133,7 @@ def multiple_choice(reply: str, answer: str, choices: Mapping[str, str]) -> bool
     if not picked and rest:
         # Bare letters lead or end a reply: the article "a" inside a sentence is no choice.
         picked = {rest[0], rest[-1]} & set(texts)
-    return picked == {right} and _DENIALS.isdisjoint(rest)
+    return picked == {right} and DENIALS.isdisjoint(rest)
 
 
 def _is_word(reply: str, match: re.Match[str]) -> bool:

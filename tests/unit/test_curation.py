@@ -22,6 +22,7 @@ from rlaudio.observe.curation_page import write_curation_page
 from rlaudio.observe.progress import Progress
 from rlaudio.observe.tracker import JsonlTracker, read_curves
 from rlaudio.recipes import curation
+from rlaudio.recipes.rolling import in_flight
 from rlaudio.runs import RunFolder, create_run
 from rlaudio.types import Message, PromptRecord, TextPart
 from tests.unit.evaluations import dialogue, turn
@@ -151,7 +152,7 @@ async def test_three_to_six_of_eight_are_kept_as_they_lie(tmp_path: Path, folder
     assert json.loads(folder.report_json.read_text())["all"] == report["all"]
     curves = read_curves(folder.metrics / "metrics.jsonl")
     assert curves["curation/records_by_passes"] == [(number, 1.0) for number in range(9)]
-    assert actors.most_in_play <= curation.in_flight(settings(tmp_path)) == 2
+    assert actors.most_in_play <= in_flight(settings(tmp_path), k=8) == 2
     first = json.loads((folder.path / "rolled.jsonl").read_text().splitlines()[0])["dialogues"][0]["turns"][0]
     assert first["reply"] == "it is seven" and first["thinking"] == "four plus three"
 
