@@ -1,6 +1,6 @@
 # Two commands matter: `make run` and `make test`. Both install what is missing first.
 .DEFAULT_GOAL := help
-.PHONY: help setup world run pipeline trap base test check format soak chaos clean
+.PHONY: help setup world run pipeline trap mgrd base test check format soak chaos clean
 
 # Where torch's CPU build comes from when the places that pip is configured with do not hold it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -11,6 +11,7 @@ LOCK ?= locks/cpu.txt
 BIN := $(CURDIR)/.venv/bin
 QUICKSTART := examples/quickstart
 TRAP := examples/verifiable_reward_trap
+MGRD := examples/mgrd
 
 # Spinning threads of one process slow every other one down when there are fewer cores than processes.
 export OMP_NUM_THREADS := 1
@@ -34,6 +35,9 @@ pipeline: world ## every stage in order: mid-training to evaluation; started aga
 
 trap: world ## verified reward, judge, both, in stages: five arms from one start, compared; goes on; SEEDS=n
 	@cd $(TRAP) && PYTHONPATH=$(CURDIR)/$(QUICKSTART) $(BIN)/python -m trap_arms --seeds $(SEEDS)
+
+mgrd: world ## sample, filter, fine-tune, reinforce, twice over: reasoning that hears, in a table; goes on; SEEDS=n
+	@cd $(MGRD) && PYTHONPATH=$(CURDIR)/$(QUICKSTART) $(BIN)/python -m mgrd_study --seeds $(SEEDS)
 
 base: world ## rebuild the start and judge checkpoints from nothing (about an hour)
 	@cd $(QUICKSTART) && $(BIN)/python -m spoken_world.base

@@ -1,9 +1,10 @@
-"""How sure are we: bootstrap intervals over dialogues. Pure numpy.
+"""How sure are we: bootstrap intervals over dialogues, Student's t over seeds. Pure numpy.
 
 The unit is the dialogue, never the turn: turns of one dialogue share a speaker, a task and a history, so counting them
-as independent would make every interval too narrow.
+as independent would make every interval too narrow. What another seed would do, dialogues cannot say: that takes seeds.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +74,30 @@ def paired_bootstrap(
     if first.shape != second.shape:
         raise ValueError(f"pairs need equal lengths: before has shape {first.shape}, after {second.shape}")
     return mean_interval(second - first, num_resamples=num_resamples, seed=seed, confidence=confidence)
+
+
+_T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""0.975 quantile of Student's t, by the number of values that the mean is of."""
+MAX_SEEDS = max(_T_975)
+
+
+def seeds_interval(means: npt.ArrayLike) -> Interval:
+    """Mean over seeds with its 95 % interval by Student's t: wide for two and three, as it has to be.
+
+    Args:
+        means: [N] one finite value per seed, such as the mean of `after - before` over dialogues; 2 to `MAX_SEEDS`.
+
+    Raises:
+        ValueError: another number of seeds, or a value that is not finite.
+    """
+    array = np.asarray(means, dtype=np.float64)
+    if array.ndim != 1 or len(array) not in _T_975:
+        raise ValueError(f"need one value per seed of 2 to {MAX_SEEDS} seeds, got shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"value {int(np.flatnonzero(~np.isfinite(array))[0])} of {len(array)} is not finite")
+    half = _T_975[len(array)] * float(array.std(ddof=1)) / math.sqrt(len(array))
+    mean = float(array.mean())
+    return Interval(mean, mean - half, mean + half)
 
 
 def _resampled_means(values: npt.NDArray[np.float64], num_resamples: int, seed: int) -> npt.NDArray[np.float64]:

@@ -15,10 +15,11 @@ from rich.table import Table
 from spoken_world.voice import EspeakVoice
 
 from rlaudio.cli.main import main as rlaudio
+from rlaudio.evals.stats import MAX_SEEDS
 from rlaudio.observe.listen import Narrator
 from trap_arms.data import make_data
 from trap_arms.experiment import HERE, Plan, report, run
-from trap_arms.measures import MAX_SEEDS, MEASURES
+from trap_arms.measures import MEASURES
 from trap_arms.page import between, number
 from trap_arms.verdict import ARMS, Claim, Results, headline
 

@@ -7,15 +7,12 @@ the seeds' means: what another seed would do.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
-
 from rlaudio.errors import DataError
-from rlaudio.evals.stats import mean_interval
+from rlaudio.evals.stats import mean_interval, seeds_interval
 from rlaudio.evals.summary import DialogueResult, EvaluationResult, TurnResult
 from rlaudio.rewards.texture import WARM, disfluency, repetition
 from rlaudio.rewards.wording import words
@@ -41,10 +38,6 @@ MEASURES: Mapping[str, str] = {
     "distinct_2": "different pairs of words in all siblings' replies at a turn, over their number",
 }
 """The last two are of dialogues sampled at temperature 1, the others of greedy ones."""
-
-_T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""0.975 quantile of Student's t, by the number of values that the mean is of."""
-MAX_SEEDS = max(_T_975)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +154,8 @@ def _interval(seeds: Sequence[Sequence[float]]) -> Change | None:
     if not seeds or not all(seeds):
         return None
     fewest = min(len(values) for values in seeds)
-    if len(seeds) == 1:
-        over = mean_interval(seeds[0])
-        return Change(over.mean, over.low, over.high, fewest, 1)
-    if len(seeds) > MAX_SEEDS:
-        raise DataError(f"{len(seeds)} seeds: the table of Student's t ends at {MAX_SEEDS}")
-    means = np.array([_mean(values) for values in seeds])
-    half = _T_975[len(seeds)] * float(means.std(ddof=1)) / math.sqrt(len(seeds))
-    mean = float(means.mean())
-    return Change(mean, mean - half, mean + half, fewest, len(seeds))
+    over = mean_interval(seeds[0]) if len(seeds) == 1 else seeds_interval([_mean(values) for values in seeds])
+    return Change(over.mean, over.low, over.high, fewest, len(seeds))
 
 
 def _mean(values: Iterable[float]) -> float:
