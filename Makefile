@@ -33,7 +33,7 @@ pipeline: world ## every stage in order: mid-training to evaluation; started aga
 	@cd $(QUICKSTART) && $(BIN)/python -m spoken_world.stages --processes 2
 	@$(BIN)/rlaudio train $(QUICKSTART)/pipeline.yaml run.seed=$(SEED)
 
-trap: world ## verified reward, judge, both, in stages: five arms from one start, compared; goes on; SEEDS=n
+trap: world ## verified reward, judge, both, in stages, with and without pressure: arms compared; goes on; SEEDS=n
 	@cd $(TRAP) && PYTHONPATH=$(CURDIR)/$(QUICKSTART) $(BIN)/python -m trap_arms --seeds $(SEEDS)
 
 mgrd: world ## sample, filter, fine-tune, reinforce, twice over: reasoning that hears, in a table; goes on; SEEDS=n
