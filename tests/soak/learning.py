@@ -31,6 +31,7 @@ KEPT = ROOT / "runs" / "soak" / (f"staleness-{STEPS}-steps" if STEPS else "stale
 ROWS = KEPT / "RESULTS.md" if STEPS else ROOT / "bench" / "RESULTS.md"
 SEEDS = (0, 1, 2)
 RUN_DEADLINE_S = 25 * 60.0
+CELL_DEADLINE_S = 30 * 60.0
 
 T_90 = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132}
 """0.95 quantile of Student's t, by the number of values that the mean is of."""
@@ -164,6 +165,17 @@ def compare(runs: Sequence[Run], others: Sequence[Run]) -> Comparison:
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------
+
+
+def run_example(folder: Path, module: str, *arguments: str) -> str:
+    """`python -m MODULE` in an example's folder, within half an hour; what it printed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(QUICKSTART)))}
+    ended = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=folder, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=CELL_DEADLINE_S, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout[-5000:]
+    return ended.stdout
 
 
 def add_row(path: Path, *, section: str, about: str, columns: Sequence[str], row: Sequence[Any]) -> None:

@@ -4,32 +4,21 @@
 """
 
 import json
-import os
-import subprocess
-import sys
 from datetime import date
 from pathlib import Path
 
 import pytest
 
-from tests.soak.learning import QUICKSTART, ROOT, add_row, make_world
+from tests.soak.learning import ROOT, add_row, make_world, run_example
 
 pytestmark = pytest.mark.soak
 
 EXAMPLE = ROOT / "examples" / "mgrd"
 SEEDS = (0, 1, 2)
-CELL_DEADLINE_S = 30 * 60.0
 
 
 def run(*arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(QUICKSTART)))}
-    command = [sys.executable, "-m", "mgrd_study", *arguments]
-    ended = subprocess.run(
-        command, cwd=EXAMPLE, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        timeout=CELL_DEADLINE_S, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stdout[-5000:]
-    return ended.stdout
+    return run_example(EXAMPLE, "mgrd_study", *arguments)
 
 
 @pytest.mark.parametrize("seed", SEEDS, ids=[f"seed{seed}" for seed in SEEDS])

@@ -5,15 +5,12 @@ earlier cell left is not made again, one that was cut off goes on. The last writ
 """
 
 import json
-import os
-import subprocess
-import sys
 from datetime import date
 from pathlib import Path
 
 import pytest
 
-from tests.soak.learning import QUICKSTART, ROOT, add_row, make_world
+from tests.soak.learning import ROOT, add_row, make_world, run_example
 
 pytestmark = pytest.mark.soak
 
@@ -31,18 +28,10 @@ STAGES = (
     "warm_brief",
     "evaluation",
 )
-CELL_DEADLINE_S = 30 * 60.0
 
 
 def run(*arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(QUICKSTART)))}
-    command = [sys.executable, "-m", "trap_arms", *arguments]
-    ended = subprocess.run(
-        command, cwd=EXAMPLE, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        timeout=CELL_DEADLINE_S, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stdout[-5000:]
-    return ended.stdout
+    return run_example(EXAMPLE, "trap_arms", *arguments)
 
 
 @pytest.mark.parametrize("stage", STAGES)
