@@ -157,13 +157,20 @@ def measure_grounding(
     return Grounding(named, share, of_text, denies, value)
 
 
-def perceived(thinking: str, transcript: str, phrases: Sequence[str]) -> list[int]:
-    """Which words of a reasoning (by number) are one of `phrases`, single words, said of the sound.
+def perceived(thinking: str, transcript: str, groups: Sequence[Sequence[str]]) -> list[int]:
+    """What a reasoning says of the sound, in its order: of which group (by number) each such word is.
 
-    That is near a word for sound, neither repeating the user nor left open ("high or low").
+    Said of the sound is what stands near a word for sound, neither repeating the user nor left open ("high or low").
+
+    Args:
+        groups: single words, "*" at the end for any ending.
     """
     said = words(thinking)
-    return _near_sound(said, _quoted(said, words(transcript)), phrases)
+    every = [phrase for group in groups for phrase in group]
+    return [
+        next(number for number, group in enumerate(groups) if any(_pattern(one).fullmatch(said[at]) for one in group))
+        for at in _near_sound(said, _quoted(said, words(transcript)), every)
+    ]
 
 
 def lexicon(

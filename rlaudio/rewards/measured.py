@@ -77,12 +77,9 @@ class MeasuredSound(Verifier):
         heard = " ".join(user_message(record, index).text for index in range(turn.index + 1))
         said, true = 0, 0
         for fact in self._facts:
-            lows, highs = (perceived(turn.thinking or "", heard, phrases) for phrases in (fact.below, fact.above))
-            if not lows and not highs:
-                continue
-            said += 1
-            above = max(highs, default=-1) > max(lows, default=-1)
-            true += above == (self._measured(sound)[fact.measure] > fact.boundary)
+            if mentions := perceived(turn.thinking or "", heard, (fact.below, fact.above)):
+                said += 1
+                true += mentions[-1] == int(self._measured(sound)[fact.measure] > fact.boundary)
         return Finding(float(0 < said == true), {"said": float(said), "true": float(true)})
 
     def _measured(self, sound: AudioPart) -> Mapping[str, float]:

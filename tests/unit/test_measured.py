@@ -69,6 +69,12 @@ async def test_only_what_is_true_of_the_sound_counts(
     assert await scored(clips, asked(clips, pitch_hz=LOW_HZ), thinking) == of_low
 
 
+async def test_what_is_left_open_says_nothing_whoever_said_the_words(clips: ClipStore) -> None:
+    unheard = asked(clips, pitch_hz=HIGH_HZ, said="tell me how i sound")
+    assert await scored(clips, unheard, "it sounds high or low") == (0, 0, 0)
+    assert await scored(clips, unheard, "it sounds high or low . it sounds high") == (1, 1, 1)
+
+
 async def test_rates_are_of_the_words_that_were_said(clips: ClipStore) -> None:
     slow = asked(clips, pitch_hz=HIGH_HZ, said="how fast")
     assert (await scored(clips, slow, "the speech is slow"))[0] == 1
