@@ -35,7 +35,8 @@ def distil_command(config_path: str, overrides: Sequence[str], *, resume: str | 
     if config.distil.output:
         check_writable(str(Path(config.distil.output).parent), setting="distil.output")
 
-    from rlaudio.recipes.distil import RECORDS, filtering, require_judged, run_distil
+    from rlaudio.models.families import open_family
+    from rlaudio.recipes.distil import RECORDS, filtering, require_judged, run_distil, writable_by
 
     data = read_data(config.data)  # refuses sounds that are held out, before one of them is learned
     for warning in data.warnings[:MAX_PROBLEMS]:
@@ -43,6 +44,7 @@ def distil_command(config_path: str, overrides: Sequence[str], *, resume: str | 
     records = select(data.train, config.distil)
     config = filtering(config)
     require_judged(config, records)
+    writable = writable_by(open_family(config.model))
     if resume:
         folder = open_run(resume)
     else:
@@ -53,7 +55,7 @@ def distil_command(config_path: str, overrides: Sequence[str], *, resume: str | 
             config,
             folder,
             lambda tracker, progress: run_distil(
-                config, records=records, folder=folder, tracker=tracker, progress=progress
+                config, records=records, writable=writable, folder=folder, tracker=tracker, progress=progress
             ),
             again=shlex.join(["rlaudio", "train", str(folder.config_yaml), "--resume", str(folder.path)]),
         )

@@ -8,7 +8,7 @@ A dialogue is kept up to its first turn that fails: what comes behind was said a
 turn that is asked of every sibling has one fate:
 
 - `kept`, or the name of the first filter that it fails;
-- `unparsable`: it cannot be written down as an answer;
+- `unparsable`: it cannot be written down as an answer, or not so that it can be learned from;
 - `behind` a turn that fails; `unplayed`: the dialogue ended before;
 - `spare`: it passes, and its sibling is the same as another one, or more than are wanted;
 - `unjudged`: the record could not be played or judged.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -92,11 +92,16 @@ class Sifted:
     examples: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def sift(record: PromptRecord, rolled: Rolled, settings: DistilSettings) -> Sifted:
+Writable = Callable[[str, str], bool]
+"""Whether a reasoning and a reply, written down and read again, are ids that a policy may sample."""
+
+
+def sift(record: PromptRecord, rolled: Rolled, settings: DistilSettings, *, writable: Writable) -> Sifted:
     """Filter the siblings of one record.
 
     Args:
         rolled: `settings.k` dialogues of it, or the problem that it had.
+        writable: of the tokenizer that will learn from them.
 
     Raises:
         DataError: they are of another record.
@@ -107,7 +112,7 @@ def sift(record: PromptRecord, rolled: Rolled, settings: DistilSettings) -> Sift
     if rolled.problem:
         return Sifted(record.id, record.task, {UNJUDGED: len(asked) * settings.k})
     siblings = [list(dialogue["turns"]) for dialogue in rolled.dialogues]
-    fates = [_fates(turns, asked=len(asked), filters=settings.filters) for turns in siblings]
+    fates = [_fates(turns, asked=len(asked), filters=settings.filters, writable=writable) for turns in siblings]
     good = [turns[: _run_of(KEPT, found)] for turns, found in zip(siblings, fates, strict=True)]
     chosen = _chosen(good, most=settings.most)
     for sibling, found in enumerate(fates):
@@ -125,19 +130,21 @@ def sift(record: PromptRecord, rolled: Rolled, settings: DistilSettings) -> Sift
     )
 
 
-def _fates(turns: Sequence[Mapping[str, Any]], *, asked: int, filters: Sequence[FilterSettings]) -> list[str]:
+def _fates(
+    turns: Sequence[Mapping[str, Any]], *, asked: int, filters: Sequence[FilterSettings], writable: Writable
+) -> list[str]:
     """One per turn asked."""
     found: list[str] = []
     for turn in turns:
-        fate = _fate(turn, filters)
+        fate = _fate(turn, filters, writable)
         found.append(fate)
         if fate != KEPT:
             return found + [BEHIND] * (asked - len(found))
     return found + [UNPLAYED] * (asked - len(found))
 
 
-def _fate(turn: Mapping[str, Any], filters: Sequence[FilterSettings]) -> str:
-    if not turn["parsable"]:
+def _fate(turn: Mapping[str, Any], filters: Sequence[FilterSettings], writable: Writable) -> str:
+    if not turn["parsable"] or not writable(turn["thinking"] or "", turn["reply"]):
         return UNPARSABLE
     return next((one.name for one in filters if not _passes(turn, one)), KEPT)
 

@@ -14,10 +14,12 @@ from typing import Any
 from rlaudio.config import JudgeModelSettings, RunConfig, ServedModelSettings
 from rlaudio.config_objects import unjudged_records
 from rlaudio.config_stages import DistilConfig
-from rlaudio.data.distil import require_answers, sift, summarise_distil
+from rlaudio.data.distil import Writable, require_answers, sift, summarise_distil
 from rlaudio.data.records import write_records
+from rlaudio.dialogue.template import ChatTemplate
 from rlaudio.dialogue.users import played_turns
 from rlaudio.errors import DataError
+from rlaudio.models.base import ModelFamily
 from rlaudio.observe.progress import Progress
 from rlaudio.observe.tracker import Tracker
 from rlaudio.recipes.curation import asks_a_model
@@ -49,10 +51,25 @@ def require_judged(config: RunConfig, records: Sequence[PromptRecord]) -> None:
             raise DataError(f"record {record.id!r} cannot be filtered: {said}: change it, the filter, or distil.tasks")
 
 
+def writable_by(family: ModelFamily) -> Writable:
+    """Answers are learned as text, tokenised anew: ids that are never sampled may come of it, which `sft` refuses."""
+    template = ChatTemplate(family.tokenizer, style=family.style)
+    banned = frozenset(family.tokenizer.ids.banned)
+
+    def writable(thinking: str, reply: str) -> bool:
+        try:
+            return banned.isdisjoint(template.response(thinking, reply))
+        except DataError:
+            return False  # it spells a control token
+
+    return writable
+
+
 async def run_distil(
     config: DistilConfig,
     *,
     records: Sequence[PromptRecord],
+    writable: Writable,
     folder: RunFolder,
     tracker: Tracker,
     progress: Progress,
@@ -62,6 +79,7 @@ async def run_distil(
     Args:
         config: as `filtering` returns it.
         records: as `rlaudio.data.distil.select` chose them.
+        writable: `writable_by` the policy's family.
 
     Returns:
         The content of `report.json`.
@@ -77,13 +95,13 @@ async def run_distil(
         k=distil.k,
         turns={record.id: frozenset(played_turns(record)) for record in records},
         pass_share=1.0,
-        kept=lambda one: bool(sift(by_id[one.id], one, distil).kept),
+        kept=lambda one: bool(sift(by_id[one.id], one, distil, writable=writable).kept),
     )
     require_same(config, folder.path / IDENTITY, free="distil.filters and distil.most", k=distil.k)
     started = time.monotonic()
     found = await rolled_out(config, records, rolling, folder=folder, progress=progress, play=playing_actors)
     progress.stage("filtering")
-    sifted = [sift(record, rolled, distil) for record, rolled in zip(records, found, strict=True)]
+    sifted = [sift(record, rolled, distil, writable=writable) for record, rolled in zip(records, found, strict=True)]
     problems = [one.problem for one in found if one.problem]
     report = summarise_distil(sifted, distil) | {
         "policy": config.model.path,

@@ -32,10 +32,12 @@ from rlaudio.data.distil import require_answers, select, sift, summarise_distil
 from rlaudio.data.records import read_records, write_records
 from rlaudio.errors import DataError, RolloutError
 from rlaudio.evals.summary import DialogueResult, RewardPart
+from rlaudio.models.step_audio import StepAudio, create_tiny
 from rlaudio.observe.progress import Progress
 from rlaudio.observe.tracker import JsonlTracker, read_curves
 from rlaudio.recipes import distil
 from rlaudio.recipes.pipeline import read_pipeline
+from rlaudio.recipes.sft import require_learnable, supervised_batch
 from rlaudio.rewards.acoustic import AcousticGrounding
 from rlaudio.rewards.base import JudgeServices
 from rlaudio.rewards.coherence import Coherence
@@ -79,6 +81,10 @@ def chosen(**settings: Any) -> DistilSettings:
     return DistilSettings(**{"filters": FILTERS, "k": 2, **settings})
 
 
+def always(thinking: str, reply: str) -> bool:
+    return True
+
+
 # ---- what is written ----------------------------------------------------------------------------------------------
 
 
@@ -92,7 +98,7 @@ def test_only_what_passes_is_written_and_every_turn_is_counted_once(
 ) -> None:
     siblings = [[told(one[:3], parsable=one[3], said=one[4]) for one in turns] for turns in played]
     settings, asks = chosen(k=len(played), most=most), record("r", *["high"] * asked)
-    found = sift(asks, siblings_of(*siblings), settings)
+    found = sift(asks, siblings_of(*siblings), settings, writable=always)
     fine = [[all(one[:4]) for one in turns] for turns in played]
     assert sum(found.turns.values()) == asked * len(played)
     assert set(found.turns) <= {"right", "coherent", "grounded", *RESERVED_FATES}
@@ -117,23 +123,41 @@ def test_each_turn_counts_for_the_first_filter_that_it_fails() -> None:
         record("r", "high", "low", "high"),
         siblings_of([told((True, True, True)), told((True, False, False)), wrong], [wrong], [hushed], []),
         chosen(k=4),
+        writable=always,
     )
     assert found.turns == {"kept": 1, "coherent": 1, "behind": 5, "right": 1, "unparsable": 1, "unplayed": 3}
     assert found.passes == {"right": 3, "coherent": 2, "grounded": 4} and found.played == 5
     assert found.examples["coherent"]["thinking"] == GOOD[0]
 
 
+def test_an_answer_that_reads_back_as_ids_that_are_never_sampled_is_not_learned(tmp_path: Path) -> None:
+    """What came of sampling may still be no text: three unknown words before the right one, for example."""
+    family = StepAudio(create_tiny(tmp_path / "m", words=[*" ".join(GOOD).split(), "low"], seed=0).path)
+    writable = distil.writable_by(family)
+    assert writable(*GOOD) and not writable(GOOD[0], "<unk> <unk>\nhigh") and not writable("never heard", GOOD[1])
+    odd = {**told((True, True, True)), "reply": "<unk> high"}
+    found = sift(record(), siblings_of([odd], [told((True, True, True))]), chosen(), writable=writable)
+    assert found.turns == {"unparsable": 1, "kept": 1}
+    rows = supervised_batch(list(found.kept), family=family, clips=ClipStore(str(tmp_path)))
+    require_learnable(rows, path="kept", banned=family.tokenizer.ids.banned)
+
+
 def test_a_turn_of_which_a_source_says_nothing_is_not_learned() -> None:
     silent = told((True, True, True))
     del silent["judged"]["grounding"]
-    found = sift(record(), siblings_of([silent], [told((True, True, True))]), chosen())
+    found = sift(record(), siblings_of([silent], [told((True, True, True))]), chosen(), writable=always)
     assert found.turns == {"grounded": 1, "kept": 1}
 
 
 def test_the_longest_are_kept_and_equal_ones_once() -> None:
     good = told((True, True, True))
     other = told((True, True, True), said="a low voice , no , the voice sounds high")
-    found = sift(record("r", "high", "high"), siblings_of([good], [good, good], [good], [other]), chosen(k=4, most=2))
+    found = sift(
+        record("r", "high", "high"),
+        siblings_of([good], [good, good], [good], [other]),
+        chosen(k=4, most=2),
+        writable=always,
+    )
     assert [one.id for one in found.kept] == ["r-answer-1", "r-answer-3"]
     assert found.turns == {"spare": 2, "unplayed": 3, "kept": 3}
 
@@ -171,14 +195,18 @@ async def test_what_is_ungrounded_incoherent_or_wrong_never_reaches_the_training
         dialogue("r", turn(thinking=thinking, reply=reply, breakdown=tuple(parts[number])))
         for number, (thinking, reply, _) in enumerate(SAID)
     ]
-    found = sift(asks, rolled(asks, results, verified={0}, pass_share=1.0), chosen(k=len(SAID), most=0))
+    found = sift(
+        asks, rolled(asks, results, verified={0}, pass_share=1.0), chosen(k=len(SAID), most=0), writable=always
+    )
     assert [one.id for one in found.kept] == [f"r-answer-{n}" for n, (_, _, good) in enumerate(SAID) if good]
     assert found.turns == {"kept": 2, "right": 2, "coherent": 2, "grounded": 2}
 
 
 def test_what_is_left_is_told_with_numbers() -> None:
-    bad = sift(record(), siblings_of([told((False, True, True))], [told((True, True, False))]), chosen())
-    lost = sift(record("q"), Rolled("q", "pitch", "", problem="the engine died"), chosen())
+    bad = sift(
+        record(), siblings_of([told((False, True, True))], [told((True, True, False))]), chosen(), writable=always
+    )
+    lost = sift(record("q"), Rolled("q", "pitch", "", problem="the engine died"), chosen(), writable=always)
     report = summarise_distil([bad, lost], chosen())
     assert report["turns"] == {
         "kept": 0, "right": 1, "coherent": 0, "grounded": 1, "unparsable": 0, "behind": 0, "unplayed": 0, "spare": 0,
@@ -190,7 +218,7 @@ def test_what_is_left_is_told_with_numbers() -> None:
     with pytest.raises(DataError, match="none of 1 records could be played and judged: the engine died"):
         require_answers(summarise_distil([lost], chosen()), problems=["the engine died"])
     with pytest.raises(DataError, match="record 'q' cannot be filtered as those to 'r'"):
-        sift(record(), Rolled("q", "pitch", ""), chosen())
+        sift(record(), Rolled("q", "pitch", ""), chosen(), writable=always)
     assert distil_table(report).row_count == 9
 
 
@@ -288,6 +316,7 @@ async def run(
         return await distil.run_distil(
             distil.filtering(config),
             records=records,
+            writable=always,
             folder=folder,
             tracker=JsonlTracker(folder.metrics / "metrics.jsonl"),
             progress=progress,
