@@ -1,5 +1,6 @@
 """Evaluation: several checkpoints on the same held-out sets, each compared with the one before it."""
 
+import asyncio
 import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -8,6 +9,7 @@ from typing import Any, Self
 
 from rlaudio.config_stages import EvaluationConfig
 from rlaudio.data.run_data import RunData
+from rlaudio.errors import WeightSyncError
 from rlaudio.evals.heldout import evaluate, evaluate_siblings
 from rlaudio.evals.summary import EvaluationResult, read_evaluation, summarise, write_evaluation
 from rlaudio.observe.progress import Progress
@@ -26,8 +28,7 @@ async def run_evaluation(
         The content of `report.json`; see `compare`.
 
     Raises:
-        EngineError, RolloutError, JudgeError, WeightSyncError: nothing could be played or judged, or no engine took a
-            policy's weights; what was evaluated stays.
+        EngineError, RolloutError, JudgeError: nothing could be played or judged; what was evaluated stays.
     """
     policies = config.policies or {"policy": config.model.path}
     found: dict[str, list[EvaluationResult]] = {}
@@ -65,12 +66,15 @@ class _Engines:
         await self._running.aclose()
 
     async def of(self, name: str, path: str) -> PlayingActors:
-        """Actors with the weights of `path`. Raises as `playing_actors` and `PlayingActors.load`."""
-        if self._actors is not None and differ_in_weights_alone(self._actors.model, path):
+        """Actors with the weights of `path`. Raises as `playing_actors`."""
+        if self._actors is not None and await asyncio.to_thread(differ_in_weights_alone, self._actors.model, path):
             self._num_loaded += 1
             self._progress.stage(f"loading the weights of {name}")
-            await self._actors.load(path, number=self._num_loaded)
-            return self._actors
+            try:
+                await self._actors.load(path, number=self._num_loaded)
+                return self._actors
+            except WeightSyncError as error:  # too slow for `sync.deadline_s`, for one: a start has longer
+                self._progress.say(f"{error}; engines start anew")
         await self._running.aclose()
         self._progress.stage(f"starting engines for {name}")
         chosen = dataclasses.replace(self._config, model=dataclasses.replace(self._config.model, path=path))

@@ -13,7 +13,7 @@ from rlaudio.config_checks_stages import evaluation_problems
 from rlaudio.config_loader import load_config
 from rlaudio.config_stages import EvaluationConfig
 from rlaudio.data.run_data import RunData
-from rlaudio.errors import JudgeError, RolloutError
+from rlaudio.errors import JudgeError, RolloutError, WeightSyncError
 from rlaudio.evals.heldout import evaluate_siblings
 from rlaudio.evals.summary import DialogueResult, read_evaluation
 from rlaudio.observe.progress import Progress
@@ -138,6 +138,8 @@ async def test_policies_that_differ_in_weights_alone_share_their_engines(
 
         async def load(self, path: str, *, number: int) -> None:
             happened.append(f"load {path} as {number}")
+            if path == "n3":
+                raise WeightSyncError("no engine took them")
             self.policy = path
 
     @asynccontextmanager
@@ -161,7 +163,17 @@ async def test_policies_that_differ_in_weights_alone_share_their_engines(
             read_evaluation(folder.path / f"evaluation-{name}-held.json").dialogues[0].turns[0].reply
             for name in policies
         ]
-    assert happened == ["start m1", "load m2 as 1", "end", "start n1", "load n2 as 2", "load n3 as 3", "end"]
+    assert happened == [
+        "start m1",
+        "load m2 as 1",
+        "end",
+        "start n1",
+        "load n2 as 2",
+        "load n3 as 3",
+        "end",
+        "start n3",
+        "end",
+    ]
     assert replies == list(policies.values()), "a policy was measured with another one's weights"
 
 
