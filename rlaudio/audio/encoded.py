@@ -19,7 +19,17 @@ from rlaudio.models.base import ClipEncoder
 from rlaudio.types import AudioClip, EncodedClip, FloatArray
 
 ENCODE_BATCH = 32
-"""Clips encoded at once; sorted by length first, which halves the time of a mixed batch."""
+"""Clips encoded at once on a GPU; sorted by length first, which halves the time of a mixed batch."""
+
+
+def encode_batch(device: torch.device) -> int:
+    """Clips to encode at once on a device.
+
+    In company a clip's states differ in their last bits from those it has alone, and what company it has depends on
+    what was encoded before: a resumed run, whose cache is empty, would not end as one that was never killed. GPUs need
+    batches. A CPU gains little by them, so there every clip is encoded alone, and runs can be equal bit for bit.
+    """
+    return 1 if device.type == "cpu" else ENCODE_BATCH
 
 
 def encoded_clip(sha256: str, states: torch.Tensor, *, encoder: str) -> EncodedClip:
@@ -65,6 +75,7 @@ class EncodeOnce:
         mel: [N] samples -> [n_mels, T], the family's.
         device: where the encoder is.
         capacity_bytes: how much is kept.
+        batch: clips at once; None as `encode_batch` says.
     """
 
     def __init__(
@@ -75,8 +86,10 @@ class EncodeOnce:
         mel: Callable[[FloatArray], torch.Tensor],
         device: torch.device,
         capacity_bytes: int,
+        batch: int | None = None,
     ) -> None:
         self._encoder = encoder
+        self._batch = batch or encode_batch(device)
         self._name = name
         self._mel = mel
         self._device = device
@@ -118,8 +131,8 @@ class EncodeOnce:
             await asyncio.sleep(0)
             while self._queue:
                 chosen, self._queue = sorted(self._queue, key=lambda clip: (len(clip.samples), clip.sha256)), []
-                for start in range(0, len(chosen), ENCODE_BATCH):
-                    part = chosen[start : start + ENCODE_BATCH]
+                for start in range(0, len(chosen), self._batch):
+                    part = chosen[start : start + self._batch]
                     self._settle(part, await asyncio.to_thread(self._forward, part))
         finally:
             self._round = None

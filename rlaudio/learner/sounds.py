@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from rlaudio.audio.encoded import ENCODE_BATCH, states_tensor
+from rlaudio.audio.encoded import states_tensor
 from rlaudio.errors import LearnerError
 from rlaudio.types import AudioClip, EncodedClip, FloatArray
 
@@ -35,6 +35,7 @@ class SoundCache:
         encode: [n_mels, T_i] per clip -> [S_i, width] per clip, without gradient.
         dtype: torch's name of what `encode` returns and shipped states must be.
         capacity_bytes: how much is kept, mels (float16) and states together. 0 keeps nothing, not even held clips.
+        batch: clips encoded at once; see `rlaudio.audio.encoded.encode_batch`.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class SoundCache:
         encode: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]],
         dtype: str,
         capacity_bytes: int,
+        batch: int,
     ) -> None:
+        self._batch = batch
         self._source = source
         self._mel = mel
         self._encode = encode
@@ -114,8 +117,8 @@ class SoundCache:
             else:
                 found[name] = states
         missing.sort(key=lambda item: (item[1].shape[-1], item[0]))
-        for start in range(0, len(missing), ENCODE_BATCH):
-            part = missing[start : start + ENCODE_BATCH]
+        for start in range(0, len(missing), self._batch):
+            part = missing[start : start + self._batch]
             for (name, _), states in zip(part, self._encode([mel for _, mel in part]), strict=True):
                 # A clone: the encoder returns views, which would keep the whole padded batch alive.
                 found[name] = states.detach().cpu().clone()

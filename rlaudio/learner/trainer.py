@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from rlaudio.audio.encoded import encode_batch
 from rlaudio.audio.store import ClipStore
 from rlaudio.config import PhaseSettings
 from rlaudio.errors import CheckpointError, ConfigError, DivergenceError, LearnerError
@@ -98,6 +99,7 @@ class Trainer:
             encode=self._encode,
             dtype=spec.model.dtype,
             capacity_bytes=spec.cache_mb << 20,
+            batch=encode_batch(self.device),
         )
         self._encoder_moved: WeightVersion | None = None
         self.encoder_forwards = 0

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from rlaudio.audio.encoded import ENCODE_BATCH, EncodeOnce, GroupEars, encoded_clip, states_tensor
+from rlaudio.audio.encoded import ENCODE_BATCH, EncodeOnce, GroupEars, encode_batch, encoded_clip, states_tensor
 from rlaudio.errors import AudioError, EngineError
+from rlaudio.models.base import ClipEncoder
 from rlaudio.types import AudioClip, FloatArray
 
 WIDTH = 4
@@ -46,9 +47,9 @@ def clip(name: str, length: int = 3) -> AudioClip:
     return AudioClip(name, np.full(length, float(ord(name[0])), np.float32))
 
 
-def once(encoder: CountingEncoder, *, capacity_bytes: int = 1 << 20) -> EncodeOnce:
+def once(encoder: ClipEncoder, *, capacity_bytes: int = 1 << 20, batch: int | None = ENCODE_BATCH) -> EncodeOnce:
     device = torch.device("cpu")
-    return EncodeOnce(encoder, name="e1", mel=mel, device=device, capacity_bytes=capacity_bytes)
+    return EncodeOnce(encoder, name="e1", mel=mel, device=device, capacity_bytes=capacity_bytes, batch=batch)
 
 
 async def test_a_group_of_eight_over_three_turns_runs_the_encoder_once_per_clip() -> None:
@@ -77,6 +78,19 @@ async def test_clips_that_come_together_are_encoded_in_batches_of_like_length() 
     clips = [clip(f"{i}", length) for i, length in enumerate(lengths)]
     await asyncio.gather(*(cache.encode([one]) for one in clips))
     assert encoder.batches == [sorted(lengths)[:ENCODE_BATCH], sorted(lengths)[ENCODE_BATCH:]]
+
+
+async def test_on_a_cpu_states_are_the_same_bits_in_any_company() -> None:
+    class Mixing(CountingEncoder):
+        """States that know what was encoded beside them, as those of real encoders do in their last bits."""
+
+        def encode(self, mels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            return [states + len(mels) for states in super().encode(mels)]
+
+    alone = (await once(Mixing(), batch=None).encode([clip("a")])).clips[0]
+    among = (await once(Mixing(), batch=None).encode([clip(name) for name in "cab"])).clips[1]
+    assert np.array_equal(alone.states, among.states)
+    assert [encode_batch(torch.device(kind)) for kind in ("cpu", "cuda")] == [1, ENCODE_BATCH]
 
 
 async def test_a_cancelled_request_takes_nothing_from_the_others() -> None:

@@ -32,9 +32,11 @@ class Ears:
         return [mel[:, :4].T.expand(-1, 2) * self.scale for mel in mels]
 
 
-def cache(ears: Ears, *, capacity_bytes: int = 1 << 20) -> SoundCache:
+def cache(ears: Ears, *, capacity_bytes: int = 1 << 20, batch: int = 32) -> SoundCache:
     source = FakeClips(CLIPS)
-    return SoundCache(source, mel=ears.mel, encode=ears.encode, dtype="float32", capacity_bytes=capacity_bytes)
+    return SoundCache(
+        source, mel=ears.mel, encode=ears.encode, dtype="float32", capacity_bytes=capacity_bytes, batch=batch
+    )
 
 
 def shipped(name: str, *, encoder: str = "e1", dtype: torch.dtype = torch.float32) -> EncodedClip:
@@ -55,6 +57,17 @@ def test_shipped_states_are_what_is_trained_on_and_only_the_rest_is_encoded() ->
     assert torch.equal(found[1], states_tensor(shipped("a")))
     assert torch.equal(found[1], found[3])
     assert found[0][0, 0] == 3.0
+
+
+def test_encoded_one_by_one_states_do_not_depend_on_what_was_encoded_before() -> None:
+    class Mixing(Ears):
+        def encode(self, mels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            return [states + len(mels) for states in super().encode(mels)]
+
+    fresh, resumed = (cache(Mixing(), batch=1) for _ in range(2))
+    fresh.states(["a"], encoder="e1")  # of a step before the one that a checkpoint lies behind
+    pairs = zip(fresh.states(NAMES, encoder="e1"), resumed.states(NAMES, encoder="e1"), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_states_of_another_encoder_or_dtype_are_refused_by_name() -> None:
