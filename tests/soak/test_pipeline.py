@@ -1,26 +1,36 @@
-"""The quickstart's pipeline, killed with SIGKILL in the middle of every stage and started again each time.
+"""The quickstart's pipeline: in one go, and killed with SIGKILL in the middle of every stage and started again.
 
-`make soak CELL=pipeline`: twice `make pipeline`; `SOAK_STEPS=n` shortens every stage to try the mechanics. Supervised
-stages must come out bit for bit as in one go. Played ones are not compared: what is computed together depends on
-timing, and the last bits on that.
+`make soak CELL=pipeline`, in cells of at most half an hour: in one go, one per killed stage
+(`CELL="pipeline and cold_start"`), and the comparison, which adds the rows. What a cell finished is kept below
+`runs/soak/`; one that was cut off goes on. `SOAK_STEPS=n` shortens every stage to try the mechanics.
+
+Supervised stages must come out bit for bit as in one go. Of played ones the figures stand side by side: what is
+computed together depends on timing, and the last bits on that.
 """
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.soak.learning import QUICKSTART, ROOT, STEPS, make_world
+from rlaudio.runs import write_json_atomic
+from tests.soak.learning import CELL_DEADLINE_S, QUICKSTART, ROOT, STEPS, add_row, make_world
 
 pytestmark = pytest.mark.soak
 
-STAGE_DEADLINE_S = 40 * 60.0
+KEPT = ROOT / "runs" / "soak" / (f"pipeline-{STEPS}-steps" if STEPS else "pipeline")
+ROWS = KEPT / "RESULTS.md" if STEPS else ROOT / "bench" / "RESULTS.md"
+WHOLE, KILLED = KEPT / "whole", KEPT / "killed"
+NAME = "quickstart-pipeline-seed0"
 MADE_ALIKE = ("mid_training", "cold_start", "reward_model")
 MIDDLES: dict[str, Callable[[Path], bool]] = {
     "mid_training": lambda runs: any(runs.glob("*/checkpoints/step-*/manifest.json")),
@@ -53,6 +63,17 @@ def overrides() -> list[str]:
     return lines
 
 
+@pytest.fixture(scope="module", autouse=True)
+def data() -> None:
+    make_world()
+    subprocess.run(
+        [sys.executable, "-m", "spoken_world.stages", "--processes", "2"],
+        cwd=QUICKSTART, check=True, env={**os.environ, "PYTHONPATH": f"{ROOT}:{QUICKSTART}"},
+    )  # fmt: skip
+    for root in (WHOLE, KILLED):
+        root.mkdir(parents=True, exist_ok=True)
+
+
 def launch(root: Path) -> "subprocess.Popen[str]":
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     file = QUICKSTART / "pipeline.yaml"
@@ -63,40 +84,91 @@ def launch(root: Path) -> "subprocess.Popen[str]":
         )
 
 
-def kill_in_the_middle(root: Path, stage: str) -> None:
-    process, until = launch(root), time.monotonic() + STAGE_DEADLINE_S
-    runs = root / "quickstart-pipeline-seed0" / "stages" / stage / "runs"
-    while not MIDDLES[stage](runs):
-        assert process.poll() is None, f"{stage}: {(root / 'log.txt').read_text()[-3000:]}"
-        assert time.monotonic() < until, f"{stage} has no middle"
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    done = json.loads((runs.parent / "stage.json").read_text())["outputs"]
-    assert not done, f"{stage} was over before it was killed"
+def ended(root: Path) -> dict[str, Any]:
+    """Start the pipeline, or go on with it, to its end; what its report says."""
+    process = launch(root)
+    try:
+        assert process.wait(CELL_DEADLINE_S) == 0, (root / "log.txt").read_text()[-3000:]
+    finally:
+        end(process)
+    return dict(json.loads((root / NAME / "report.json").read_text()))
 
 
-def test_killed_in_every_stage_it_ends_as_in_one_go(tmp_path: Path, record_property: Callable[..., None]) -> None:
-    make_world()
-    subprocess.run(
-        [sys.executable, "-m", "spoken_world.stages", "--processes", "2"],
-        cwd=QUICKSTART, check=True, env={**os.environ, "PYTHONPATH": f"{ROOT}:{QUICKSTART}"},
-    )  # fmt: skip
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for root in (whole, killed):
-        root.mkdir()
-    assert launch(whole).wait() == 0, (whole / "log.txt").read_text()[-3000:]
+def end(process: "subprocess.Popen[str]") -> None:
+    """SIGKILL to the driver and whatever shares its session; Ray's workers follow by themselves."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def forget_unless_done(root: Path, stage: str) -> None:
+    """Leave nothing of a stage in which an earlier cell was cut off: it is to be made in one go."""
+    folder = root / NAME / "stages" / stage
+    if (folder / "stage.json").is_file() and not outputs(folder):
+        shutil.rmtree(folder)
+
+
+def outputs(folder: Path) -> dict[str, str]:
+    return dict(json.loads((folder / "stage.json").read_text())["outputs"])
+
+
+def killed_so_far() -> list[str]:
+    path = KILLED / "killed.json"
+    return list(json.loads(path.read_text())["stages"]) if path.is_file() else []
+
+
+def kill_in_the_middle(stage: str) -> None:
+    folder = KILLED / NAME / "stages" / stage
+    shutil.rmtree(folder, ignore_errors=True)
+    process, until = launch(KILLED), time.monotonic() + CELL_DEADLINE_S
+    try:
+        while not MIDDLES[stage](folder / "runs"):
+            assert process.poll() is None, f"{stage}: {(KILLED / 'log.txt').read_text()[-3000:]}"
+            assert time.monotonic() < until, f"{stage} has no middle"
+            time.sleep(0.1)
+    finally:
+        end(process)
+    assert not outputs(folder), f"{stage} was over before it was killed"
+    write_json_atomic(KILLED / "killed.json", {"stages": [*killed_so_far(), stage]})
+
+
+def test_in_one_go() -> None:
     for stage in MIDDLES:
-        kill_in_the_middle(killed, stage)
-    assert launch(killed).wait() == 0, (killed / "log.txt").read_text()[-3000:]
+        forget_unless_done(WHOLE, stage)
+    ended(WHOLE)
+
+
+@pytest.mark.parametrize("stage", MIDDLES)
+def test_killed_in(stage: str) -> None:
+    before = list(MIDDLES)[: list(MIDDLES).index(stage)]
+    assert killed_so_far()[: len(before)] == before, f"run the cells of {', '.join(before)} first"
+    if stage not in killed_so_far():
+        kill_in_the_middle(stage)
+
+
+def test_they_end_alike() -> None:
+    assert killed_so_far() == list(MIDDLES), "run the cells before this one first"
+    whole, killed = ended(WHOLE), ended(KILLED)
+    for stage in MIDDLES:
+        runs = list((KILLED / NAME / "stages" / stage / "runs").glob("*/run.json"))
+        assert len(runs) == 1, f"{stage} was begun again instead of gone on with"
     for stage in MADE_ALIKE:
         one, other = (
-            (root / "quickstart-pipeline-seed0" / "stages" / stage / "model" / "model.safetensors").read_bytes()
-            for root in (whole, killed)
+            (root / NAME / "stages" / stage / "model" / "model.safetensors").read_bytes() for root in (WHOLE, KILLED)
         )
         assert one == other, stage
-    for stage in MIDDLES:
-        runs = list((killed / "quickstart-pipeline-seed0" / "stages" / stage / "runs").glob("*/run.json"))
-        assert len(runs) == 1, f"{stage} was begun again instead of gone on with"
-    lines = json.loads((whole / "quickstart-pipeline-seed0" / "report.json").read_text())["stages"]
-    record_property("table", "\n".join(f"{line['stage']:14} {line['level']:50} {line['gain']}" for line in lines))
+    for one, other in zip(whole["stages"], killed["stages"], strict=True):
+        assert one["stage"] == other["stage"]
+        add_row(
+            ROWS,
+            section="The pipeline, in one go and killed in every stage (`make soak CELL=pipeline`)",
+            about="Held-out dialogues answered right (known, new voices) and the gain over the policy before, in "
+            "points with 95 % bootstrap intervals; of stages that make no policy, their own figures. Supervised stages "
+            "are equal bit for bit.",
+            columns=["date", "stage", "in one go", "gain", "s", "killed and resumed", "gain", "s"],
+            row=[
+                date.today().isoformat(),
+                one["stage"],
+                *(value for line in (one, other) for value in (line["level"], line["gain"], f"{line['wall_s']:.0f}")),
+            ],
+        )
