@@ -281,6 +281,14 @@ class ActorPool:
         """End the process of an actor that is no member."""
         self._end(handle)
 
+    def handed_over(self, count: int) -> tuple[ActorHandle[Any], ...]:
+        """Up to `count` members that are given work, for another pool. The others end, and nobody is left here."""
+        staying = [member for member in self._members.values() if not member.is_leaving][:count]
+        for member in staying:
+            del self._members[member.name]
+        self.stop()
+        return tuple(member.handle for member in staying)
+
     def stop(self) -> None:
         members, self._members = self._members, {}
         for member in members.values():

@@ -104,7 +104,8 @@ class RolloutPool:
         environment: variables of every actor.
         told: see `ActorPool`.
         place: role -> Ray's options that say where its next actor goes.
-        pool: actors that run already, for tests; None makes the configured ones.
+        running: actors of an earlier run that go on in this one; as many are made as are missing.
+        pool: a pool that runs already, for tests; None makes the configured one.
     """
 
     def __init__(
@@ -114,15 +115,17 @@ class RolloutPool:
         environment: Mapping[str, str],
         told: Callable[[str], None] = _LOG.warning,
         place: Place = anywhere,
+        running: Sequence[ActorHandle[Any]] = (),
         pool: ActorPool | None = None,
     ) -> None:
         self._config = config
         self._purpose = f"run{config.run.seed}"
         self._environment, self._place = environment, place
+        self._running = tuple(running)
         self._states = SharedStates()
         self.pool = pool or ActorPool(
             "rollout",
-            {f"rollout-{i}": self.make() for i in range(config.rollout.actors)},
+            _named("rollout", config.rollout.actors, running=self._running, make=self.make),
             alive_deadline_s=config.rollout.alive_deadline_s,
             told=told,
         )
@@ -138,7 +141,14 @@ class RolloutPool:
         return remote.remote(config, on_gpu=rollout.num_gpus > 0)
 
     async def start(self, version: WeightVersion) -> None:
-        await self.pool.start(self.starting(version), deadline_s=self._config.rollout.start_deadline_s)
+        """Start every actor; engines of an earlier run hold its weights until the first broadcast."""
+
+        def call(handle: ActorHandle[Any]) -> ray.ObjectRef:
+            if handle in self._running:
+                return handle.start_over.remote(self._config, version)
+            return self.starting(version)(handle)
+
+        await self.pool.start(call, deadline_s=self._config.rollout.start_deadline_s)
 
     def starting(self, version: WeightVersion) -> StartCall:
         """The call that starts an actor; `version` is what its checkpoint's weights count as."""
@@ -213,8 +223,7 @@ class RewardPool:
         config: the run's.
         environment: variables of every actor.
         told: see `ActorPool`.
-        place: as of `RolloutPool`.
-        pool: actors that run already, for tests; None makes the configured ones.
+        place, running, pool: as of `RolloutPool`.
     """
 
     def __init__(
@@ -224,13 +233,15 @@ class RewardPool:
         environment: Mapping[str, str],
         told: Callable[[str], None] = _LOG.warning,
         place: Place = anywhere,
+        running: Sequence[ActorHandle[Any]] = (),
         pool: ActorPool | None = None,
     ) -> None:
         self._config = config
         self._environment, self._place = environment, place
+        self._running = tuple(running)
         self.pool = pool or ActorPool(
             "rewards",
-            {f"reward-{i}": self.make() for i in range(config.rewards.actors)},
+            _named("reward", config.rewards.actors, running=self._running, make=self.make),
             alive_deadline_s=config.rewards.alive_deadline_s,
             told=told,
         )
@@ -251,7 +262,10 @@ class RewardPool:
         return remote.remote(config, on_gpu=rewards.num_gpus > 0)
 
     async def start(self) -> None:
-        await self.pool.start(self.starting(), deadline_s=self._config.rewards.start_deadline_s)
+        def call(handle: ActorHandle[Any]) -> ray.ObjectRef:
+            return handle.start_over.remote(self._config) if handle in self._running else self.starting()(handle)
+
+        await self.pool.start(call, deadline_s=self._config.rewards.start_deadline_s)
 
     def starting(self) -> StartCall:
         """The call that starts an actor."""
@@ -363,6 +377,13 @@ class RewardPool:
         if partial is not None:
             return partial
         raise JudgeError(f"record {record.id!r} could not be judged: " + "; ".join(losses))
+
+
+def _named(
+    prefix: str, count: int, *, running: Sequence[ActorHandle[Any]], make: Callable[[], ActorHandle[Any]]
+) -> dict[str, ActorHandle[Any]]:
+    handles = [*running, *(make() for _ in range(len(running), count))]
+    return {f"{prefix}-{index}": handle for index, handle in enumerate(handles)}
 
 
 def _actor_options(num_cpus: float, num_gpus: float, environment: Mapping[str, str]) -> dict[str, Any]:

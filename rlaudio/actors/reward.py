@@ -22,14 +22,13 @@ from rlaudio.audio.store import ClipStore
 from rlaudio.config import RunConfig, SourceSettings
 from rlaudio.data.augmentation import Augmenter
 from rlaudio.dialogue.users import as_said, played_turns, user_message
-from rlaudio.engines.base import Engine
 from rlaudio.errors import ConfigError, JudgeError, SpoolError, VerdictTimeoutError
 from rlaudio.evals.summary import DialogueResult, RewardPart, TurnResult
 from rlaudio.experience.builder import read_dialogues, with_rewards
 from rlaudio.experience.spool import Spool, Spooled
 from rlaudio.observe.metrics import GroupStats
 from rlaudio.registry import load_object
-from rlaudio.rewards.base import Failure, Judge, Scores
+from rlaudio.rewards.base import Failure, Judge, JudgeServices, Scores
 from rlaudio.rewards.generative import GenerativeJudge
 from rlaudio.rewards.mix import SourceWeight, mix_rewards
 from rlaudio.rewards.schedule import step_of, weight_at
@@ -77,21 +76,29 @@ class RewardWorker:
         self._on_gpu = on_gpu
         self._sources: list[_Source] = []
         self._counts: dict[str, float] = {}
-        self._engines: list[Engine] = []
+        self._services: JudgeServices | None = None
         self._augmenter = Augmenter(config.data.augment, ClipStore(config.data.clips), seed=config.run.seed)
         self._spool = Spool(config.run.spool) if config.run.spool else None
 
     async def start(self) -> None:
-        services = await start_services(self._config, on_gpu=self._on_gpu)
-        policy = services.policy
-        self._engines = [one for one in (services.engine, policy.engine if policy else None) if one is not None]
+        services = self._services = self._services or await start_services(self._config, on_gpu=self._on_gpu)
+        self._counts = {}
+        self._sources = []
         for source in self._config.rewards.sources:
             judge: Judge = load_object(source.judge)(services, name=source.name, **source.options)
             self._sources.append(_Source(judge, source))
 
+    async def start_over(self, config: RunConfig) -> None:
+        """Begin another run, which may have other sources, around the models that the one before served here."""
+        self._config = config
+        self._spool = Spool(config.run.spool) if config.run.spool else None
+        await self.start()
+
     async def ping(self) -> None:
         """As `RolloutWorker.ping`, for every model that is served here."""
-        await all_or_first_error(ping_engine(engine) for engine in self._engines)
+        served = [self._services, self._services.policy] if self._services else []
+        engines = [one.engine for one in served if one is not None and one.engine is not None]
+        await all_or_first_error(ping_engine(engine) for engine in engines)
 
     async def health(self) -> dict[str, JudgeHealth]:
         """How each generative judge keeps up, by source; answered at once, whatever the judges do."""

@@ -110,7 +110,7 @@ class RolloutWorker:
     async def start(self, version: WeightVersion) -> None:
         config = self._config
         self._family = open_family(config.model)
-        if encodes_once(config):
+        if encodes_once(config) and self._encoder is None:
             # Before the engine, which takes its share of the device by what it finds free.
             self._encoder = load_encoder(config, family=self._family, on_gpu=self._on_gpu)
         self._engine = self._engine or await start_engine(
@@ -137,6 +137,18 @@ class RolloutWorker:
             settings=config.dialogue,
             max_model_len=config.rollout.engine.max_model_len,
         )
+
+    async def start_over(self, config: RunConfig, version: WeightVersion) -> None:
+        """Begin another run with the engine and the encoder of the one before; `rlaudio.recipes.kept` says which can.
+
+        The engine holds the weights of the run before until the first broadcast.
+        """
+        if self._users is not None:
+            await self._users.close()
+        if self._receiver is not None:
+            self._receiver.leave()
+        self._config = config
+        await self.start(version)
 
     async def play(self, record: PromptRecord, order: PlayOrder) -> tuple[PlayedHeader, pa.RecordBatch, pa.RecordBatch]:
         """Play one group. Three return values, the driver fetches the first alone: header, dialogues, encoder states.

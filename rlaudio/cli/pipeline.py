@@ -1,11 +1,13 @@
 """`rlaudio train FILE` with `recipe: pipeline`: its stages in order; started again, it goes on where it was."""
 
+import contextlib
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -33,8 +35,11 @@ from rlaudio.recipes.pipeline import (
 )
 from rlaudio.runs import RunFolder, keep_run, write_json_atomic, write_text_atomic
 
+if TYPE_CHECKING:
+    from rlaudio.recipes.kept import Kept
+
 RunStage = Callable[..., int]
-"""(config path, overrides, resume=run folder or None) -> exit code: `recipe_command`."""
+"""(config path, overrides, resume=run folder or None, kept=Kept) -> exit code: `recipe_command`."""
 
 
 def pipeline_command(config_path: str, overrides: Sequence[str], *, resume: str | None, run_stage: RunStage) -> int:
@@ -44,6 +49,8 @@ def pipeline_command(config_path: str, overrides: Sequence[str], *, resume: str 
         resume: the pipeline's folder, if it is named at all: a pipeline goes on by being started again.
         run_stage: runs one stage.
     """
+    from rlaudio.recipes.kept import Kept
+
     check_platform()
     check_versions()
     code_path(config_path)
@@ -60,8 +67,8 @@ def pipeline_command(config_path: str, overrides: Sequence[str], *, resume: str 
     again = shlex.join(["rlaudio", "train", config_path, *overrides])
     with keep_run(config.run.root, name=config.run.name, seed=config.run.seed, config=config_path) as folder:
         write_text_atomic(folder.config_yaml, to_yaml(config))
-        with _Parent(config, folder) as parent:
-            code, states = _run_stages(pipeline, configs, parent, run_stage=run_stage, again=again)
+        with _Parent(config, folder) as parent, contextlib.closing(Kept()) as kept:
+            code, states = _run_stages(pipeline, configs, parent, run_stage=run_stage, again=again, kept=kept)
             lines = gains(pipeline, states)
             write_json_atomic(folder.report_json, {"stages": [_plain(line) for line in lines]})
             parent.succeeded = code == 0
@@ -72,7 +79,13 @@ def pipeline_command(config_path: str, overrides: Sequence[str], *, resume: str 
 
 
 def _run_stages(
-    pipeline: Pipeline, configs: Mapping[str, object], parent: "_Parent", *, run_stage: RunStage, again: str
+    pipeline: Pipeline,
+    configs: Mapping[str, object],
+    parent: "_Parent",
+    *,
+    run_stage: RunStage,
+    again: str,
+    kept: "Kept",
 ) -> tuple[int, dict[str, StageState]]:
     """(exit code, what is done)."""
     contents = Contents(pipeline.folder / "contents.json")
@@ -92,11 +105,14 @@ def _run_stages(
         state, unfinished = begin(stage, state, wanted)
         print(f"{title}{': going on with ' + str(unfinished) if unfinished else ''}", flush=True)
         started = time.monotonic()
+        is_last = number == len(pipeline.stages) or stage.name == pipeline.config.run.until
+        kept.begin(configs[stage.name], then=None if is_last else configs[pipeline.stages[number].name])
         try:
             code = run_stage(
                 stage.config,
                 [*stage.overrides, *parent.overrides()],
                 resume=str(unfinished) if unfinished else None,
+                kept=kept,
             )
         except RlaudioError:
             _say_again(stage, again)

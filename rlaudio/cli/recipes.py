@@ -1,9 +1,15 @@
 """`rlaudio train CONFIG`: the recipe is named in the file, the command that runs it is here."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rlaudio.config_loader import peek
 from rlaudio.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlaudio.recipes.kept import Kept
 
 TINY_RECIPES = ("rl", "sft", "reward_model")
 """Recipes that `--tiny` knows how to shrink."""
@@ -11,10 +17,18 @@ TINY_RECIPES = ("rl", "sft", "reward_model")
 RECIPES = ("rl", "sft", "reward_model", "curate", "distil", "evaluate", "pipeline")
 
 
-def recipe_command(config_path: str, overrides: Sequence[str], *, resume: str | None, tiny: bool = False) -> int:
+def recipe_command(
+    config_path: str,
+    overrides: Sequence[str],
+    *,
+    resume: str | None,
+    tiny: bool = False,
+    kept: Kept | None = None,
+) -> int:
     """Run what `recipe` names, "rl" where the file says nothing. Returns the exit code.
 
     Args:
+        kept: engines and judges that "rl" stages of a pipeline leave each other.
         tiny: on a CPU in minutes, with tiny checkpoints and a few dialogues in place of the file's.
 
     Raises:
@@ -33,7 +47,7 @@ def recipe_command(config_path: str, overrides: Sequence[str], *, resume: str | 
     if recipe == "rl":
         from rlaudio.cli.train import train_command
 
-        return train_command(config_path, overrides, resume=resume, tiny=tiny)
+        return train_command(config_path, overrides, resume=resume, tiny=tiny, kept=kept)
     if recipe == "pipeline":
         from rlaudio.cli.pipeline import pipeline_command
 

@@ -34,6 +34,7 @@ from rlaudio.runs import RunFolder, create_run, find_run, open_run, write_json_a
 from rlaudio.secrets import masked
 
 if TYPE_CHECKING:
+    from rlaudio.recipes.kept import Kept
     from rlaudio.recipes.rl import RunOutcome
 
 _MEMORY_BYTES = 4 << 30
@@ -43,8 +44,19 @@ INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after Ctrl-C and SIGTERM, as shells have them."""
 
 
-def train_command(config_path: str, overrides: Sequence[str], *, resume: str | None, tiny: bool = False) -> int:
-    """Check everything that can be checked, then run. Returns the exit code; raises RlaudioError on failures."""
+def train_command(
+    config_path: str,
+    overrides: Sequence[str],
+    *,
+    resume: str | None,
+    tiny: bool = False,
+    kept: Kept | None = None,
+) -> int:
+    """Check everything that can be checked, then run. Returns the exit code; raises RlaudioError on failures.
+
+    Args:
+        kept: what the stages of a pipeline leave each other.
+    """
     enter_job()
     check_platform()
     check_versions()
@@ -68,7 +80,7 @@ def train_command(config_path: str, overrides: Sequence[str], *, resume: str | N
         folder = create_run(config.run.root, name=config.run.name, seed=config.run.seed, config=config_path)
     with folder:
         write_text_atomic(folder.config_yaml, to_yaml(config))
-        return _run(config, data, folder, resume=resume is not None)
+        return _run(config, data, folder, resume=resume is not None, kept=kept)
 
 
 def _checked_data(config: RunConfig) -> RunData:
@@ -96,7 +108,7 @@ def resume_command(folder: RunFolder) -> str:
     return shlex.join(["rlaudio", "train", str(folder.config_yaml), "--resume", str(folder.path)])
 
 
-def _run(config: RunConfig, data: RunData, folder: RunFolder, *, resume: bool) -> int:
+def _run(config: RunConfig, data: RunData, folder: RunFolder, *, resume: bool, kept: Kept | None = None) -> int:
     def late() -> None:
         print(
             f"stopped by SIGTERM, and not done with saving after {config.run.stop_deadline_s:g} s "
@@ -107,10 +119,12 @@ def _run(config: RunConfig, data: RunData, folder: RunFolder, *, resume: bool) -
         os._exit(TERMINATED)  # whatever hangs must not keep whoever waits for the process
 
     with StopsOnSigterm(deadline_s=config.run.stop_deadline_s, late=late) as stopping:
-        return _run_whole(config, data, folder, stopping, resume=resume)
+        return _run_whole(config, data, folder, stopping, resume=resume, kept=kept)
 
 
-def _run_whole(config: RunConfig, data: RunData, folder: RunFolder, stopping: StopsOnSigterm, *, resume: bool) -> int:
+def _run_whole(
+    config: RunConfig, data: RunData, folder: RunFolder, stopping: StopsOnSigterm, *, resume: bool, kept: Kept | None
+) -> int:
     from rlaudio.cli.trackers import open_trackers
     from rlaudio.observe.progress import Progress
     from rlaudio.observe.tracker import Status
@@ -128,7 +142,7 @@ def _run_whole(config: RunConfig, data: RunData, folder: RunFolder, stopping: St
     tracker.log_params(_flat(to_yaml(config)))
     status: Status = "FAILED"
     try:
-        with Progress() as progress, joined_ray(resource_needs(config), waits=True):
+        with Progress() as progress, joined_ray(resource_needs(config), waits=True, kept=kept):
             installed = installed_in_s()
             outcome = stopping.run(
                 run_rl(
@@ -139,6 +153,7 @@ def _run_whole(config: RunConfig, data: RunData, folder: RunFolder, stopping: St
                     progress=progress,
                     resume=resume,
                     timings_s={"install": installed} if installed is not None else {},
+                    kept=kept,
                 )
             )
             progress.stage("writing the report")

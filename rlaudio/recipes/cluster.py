@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Protocol
 
 import ray
 
@@ -17,17 +18,37 @@ def actor_environment() -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1", **passed}
 
 
+class Waiting(Protocol):
+    """Actors that may wait for the next run; see `recipes/kept.py`."""
+
+    @property
+    def waits(self) -> bool: ...
+
+
 @contextmanager
-def joined_ray(needs: Mapping[str, tuple[float, float]], *, waits: bool = False) -> Iterator[None]:
+def joined_ray(
+    needs: Mapping[str, tuple[float, float]], *, waits: bool = False, kept: Waiting | None = None
+) -> Iterator[None]:
     """Join the cluster that `RAY_ADDRESS` or `ray job submit` names, else start a private one and end it afterwards.
 
     Args:
         needs: role -> (CPUs, GPUs) that all its actors together ask for.
         waits: whoever joins waits for room in a cluster (`recipes/places.py`), whose nodes may still have to start.
+        kept: what an earlier run left for this one, in a Ray that is joined already, or this one leaves for the next.
 
     Raises:
         ResourceError: the cluster is smaller than the run, or cannot be joined.
     """
+    if kept is None or not kept.waits:
+        _join(needs, waits=waits)
+    try:
+        yield
+    finally:
+        if kept is None or not kept.waits:
+            ray.shutdown()
+
+
+def _join(needs: Mapping[str, tuple[float, float]], *, waits: bool) -> None:
     address = os.environ.get("RAY_ADDRESS")
     # A failed call has two return values here and only its header is fetched: the other is not an unseen error.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
@@ -48,12 +69,13 @@ def joined_ray(needs: Mapping[str, tuple[float, float]], *, waits: bool = False)
         raise ResourceError(
             f"cannot start on {where}: {error}; check RAY_ADDRESS, or unset it to run on this machine alone"
         ) from error
+    if address and waits:
+        return
     try:
-        if not (address and waits):
-            _require_resources(needs)
-        yield
-    finally:
+        _require_resources(needs)
+    except ResourceError:
         ray.shutdown()
+        raise
 
 
 def num_nodes() -> int:

@@ -87,6 +87,13 @@ class Places:
             return {}
         return {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._groups[role][1])}
 
+    def moved(self) -> Places:
+        """The room with all who are in it, for the next run; none is left here."""
+        places = Places()
+        places._groups, self._groups = self._groups, {}
+        places._num_given, self._num_given = self._num_given, {}
+        return places
+
     def release(self) -> None:
         """Give all room back; actors in it end. Calling it twice is harmless."""
         while self._groups:

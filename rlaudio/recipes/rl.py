@@ -28,6 +28,7 @@ from rlaudio.observe.trap import TrapMonitor, held_out_trap
 from rlaudio.recipes.cluster import actor_environment, num_nodes
 from rlaudio.recipes.control import commanded
 from rlaudio.recipes.doctor import PROBE_DEADLINE_S, examine_before_training, trainer_spec
+from rlaudio.recipes.kept import Kept
 from rlaudio.recipes.places import reserve
 from rlaudio.recipes.restoring import Memory, remembering, require_shared_roots, with_spool
 from rlaudio.recipes.scaling import Scaling, autoscaling, supervised
@@ -68,15 +69,26 @@ async def run_rl(
     progress: Progress,
     resume: bool,
     timings_s: Mapping[str, float],
+    kept: Kept | None = None,
 ) -> RunOutcome:
     """Run the whole recipe inside a joined Ray cluster.
 
     A run that ends early (Ctrl-C, starved, engines lost) saves where it stands, so it can be resumed.
+
+    Args:
+        kept: engines and judges of the stage before, and for the stage after, in a pipeline.
     """
     require_shared_roots(config, folder, num_nodes=num_nodes())
     with remembering(config, data=data, folder=folder, resume=resume, told=progress.say) as memory:
         return await _run(
-            config, data=data, folder=folder, tracker=tracker, progress=progress, memory=memory, timings_s=timings_s
+            config,
+            data=data,
+            folder=folder,
+            tracker=tracker,
+            progress=progress,
+            memory=memory,
+            timings_s=timings_s,
+            kept=kept,
         )
 
 
@@ -89,9 +101,11 @@ async def _run(
     progress: Progress,
     memory: Memory,
     timings_s: Mapping[str, float],
+    kept: Kept | None,
 ) -> RunOutcome:
     started = time.monotonic()
-    progress.stage("starting engines and learner")
+    goes_on = kept is not None and kept.waits
+    progress.stage(f"starting {'the learner, engines go on' if goes_on else 'engines and learner'}")
     async with (
         running_actors(
             with_spool(config, folder),
@@ -99,6 +113,7 @@ async def _run(
             checkpoint=memory.checkpoint,
             told=progress.say,
             synced=lambda sent: tracker.log(sync_metrics(sent), step=sent.version.number),
+            kept=kept,
         ) as actors,
         resizable(config, actors, folder=folder.path, told=progress.say),
     ):
@@ -225,20 +240,24 @@ async def running_actors(
     checkpoint: Path | None,
     told: Callable[[str], None],
     synced: Callable[[Broadcast], None] | None = None,
+    kept: Kept | None = None,
 ) -> AsyncIterator[RunActors]:
     """The actors that `config` asks for, from `checkpoint` if there is one; ended on the way out.
 
     Args:
         told: hears of actors that are left out.
         synced: hears of every broadcast of weights.
+        kept: has some of an earlier run, perhaps, and gets them when all went well and the next run can use them.
     """
     environment = actor_environment()
     async with AsyncExitStack() as ends:
-        places = await reserve(config, told=told)
+        left = kept.take() if kept is not None else None
+        places = left.places if left is not None else await reserve(config, told=told)
         ends.callback(places.release)
-        rollouts = RolloutPool(config, environment=environment, told=told, place=places.options)
+        engines, judges = await left.living() if left is not None else ((), ())
+        rollouts = RolloutPool(config, environment=environment, told=told, place=places.options, running=engines)
         ends.callback(rollouts.pool.stop)
-        rewards = RewardPool(config, environment=environment, told=told, place=places.options)
+        rewards = RewardPool(config, environment=environment, told=told, place=places.options, running=judges)
         ends.callback(rewards.pool.stop)
         learner = LearnerGroup(
             trainer_spec(config, version),
@@ -263,9 +282,11 @@ async def running_actors(
             ) as scaling,
             watch.watching(),
         ):
-            if checkpoint is not None:
+            if checkpoint is not None or left is not None:
                 version = await bring_back(learner, weights, checkpoint)
             yield RunActors(rollouts, rewards, learner, weights, watch, version, scaling)
+        if kept is not None:
+            kept.leave(config, places=places, rollouts=rollouts.pool, rewards=rewards.pool)
 
 
 @asynccontextmanager

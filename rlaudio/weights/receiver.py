@@ -67,6 +67,12 @@ class WeightReceiver:
             raise WeightSyncError("a difference of weights came to a receiver that keeps no base: set sync.delta on it")
         return assemble(whole).to_update()
 
+    def leave(self) -> None:
+        """Leave the group that weights came through, if there is one: another learner's need another receiver."""
+        membership, self.membership = self.membership, None
+        if membership is not None:
+            membership.leave()
+
     async def swap(self, version: WeightVersion, *, deadline_s: float) -> SwapReport:
         """Make live what is staged, or held.
 

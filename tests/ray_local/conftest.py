@@ -1,6 +1,8 @@
 """Shared by the learner's tests. Heavy imports stay inside: other tests of this folder do not need them."""
 
 import asyncio
+import subprocess
+import sys
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -9,11 +11,23 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 
+QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
+
 if TYPE_CHECKING:
     from rlaudio.engines.async_llm import AsyncLLMEngine
     from rlaudio.learner.group import LearnerGroup
     from tests.ray_local.engine_world import Worlds
     from tests.ray_local.learner_world import World
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's world with a few records."""
+    out = tmp_path_factory.mktemp("small_world") / "data"
+    counts = ["--train", "12", "--heldout", "6", "--heldout-voices", "6"]
+    command = [sys.executable, "-m", "spoken_world.make", "--out", str(out), *counts]
+    subprocess.run(command, cwd=QUICKSTART, check=True, timeout=300, stdout=subprocess.DEVNULL)
+    return out
 
 
 @pytest.fixture(scope="session")

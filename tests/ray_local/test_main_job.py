@@ -19,26 +19,21 @@ QUICKSTART = ROOT / "examples" / "quickstart"
 STEPS = 3
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("world") / "data"
-    counts = ["--train", "12", "--heldout", "6", "--heldout-voices", "6"]
-    command = [sys.executable, "-m", "spoken_world.make", "--out", str(out), *counts]
-    subprocess.run(command, cwd=QUICKSTART, check=True, timeout=300, stdout=subprocess.DEVNULL)
-    return out
-
-
 def start(world: Path, root: Path, *arguments: str, steps: int = STEPS) -> "subprocess.Popen[str]":
     return launch(
         root,
         *("train", str(QUICKSTART / "config.yaml")),
-        *(f"data.train={world}/train.jsonl", f"data.clips={world}"),
-        *(f"data.heldout.heldout={world}/heldout.jsonl", f"data.heldout.heldout_voices={world}/heldout_voices.jsonl"),
+        *of_world(world),
         *(f"run.root={root}", f"run.steps={steps}", "run.checkpoint_every=1"),
         *("algorithm.groups_per_step=2", "algorithm.group_size=4"),
         *("learner.ranks=2", "learner.num_cpus=0.3", "evaluation.examples=2"),
         *arguments,
     )
+
+
+def of_world(world: Path) -> tuple[str, ...]:
+    heldout = [f"data.heldout.{name}={world}/{name}.jsonl" for name in ("heldout", "heldout_voices")]
+    return (f"data.train={world}/train.jsonl", f"data.clips={world}", *heldout)
 
 
 def launch(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
@@ -60,8 +55,8 @@ def wait_for_checkpoint(root: Path, process: "subprocess.Popen[str]", *, deadlin
 
 
 @pytest.mark.timeout(1800)
-def test_a_run_is_stopped_resumed_and_reported(world: Path, tmp_path: Path) -> None:
-    first = start(world, tmp_path, steps=400)
+def test_a_run_is_stopped_resumed_and_reported(small_world: Path, tmp_path: Path) -> None:
+    first = start(small_world, tmp_path, steps=400)
     wait_for_checkpoint(tmp_path, first, deadline_s=600)
     first.send_signal(signal.SIGINT)
     output, _ = first.communicate(timeout=300)
@@ -128,9 +123,9 @@ def test_a_run_is_stopped_resumed_and_reported(world: Path, tmp_path: Path) -> N
     ],
 )
 def test_bad_settings_end_in_one_line_and_leave_nothing(
-    world: Path, tmp_path: Path, override: str, message: str
+    small_world: Path, tmp_path: Path, override: str, message: str
 ) -> None:
-    process = start(world, tmp_path, override)
+    process = start(small_world, tmp_path, override)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2
     assert message in output

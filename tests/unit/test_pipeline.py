@@ -16,6 +16,7 @@ from rlaudio.cli.pipeline import pipeline_command
 from rlaudio.config_loader import load_config
 from rlaudio.errors import ConfigError, LearnerError
 from rlaudio.fingerprint import Contents, fingerprint, inputs
+from rlaudio.recipes.kept import Kept
 from rlaudio.recipes.pipeline import SCHEMAS, read_pipeline
 from rlaudio.runs import create_run, open_run
 
@@ -56,7 +57,7 @@ class FakeStages:
         self.ran: list[tuple[str, bool]] = []
         self.parents: set[str] = set()
 
-    def __call__(self, config_path: str, overrides: Sequence[str], *, resume: str | None) -> int:
+    def __call__(self, config_path: str, overrides: Sequence[str], *, resume: str | None, kept: Kept) -> int:
         recipe = next(json.loads(line[7:]) for line in overrides if line.startswith("recipe="))
         config = loaded_once(SCHEMAS[recipe], config_path, overrides)
         self.ran.append((config.run.name, resume is not None))
@@ -348,3 +349,25 @@ def test_what_is_remembered_of_a_file_ends_with_its_change(tmp_path: Path) -> No
     assert Contents(cache).digest(file) != before
     cache.write_text("{broken")
     assert Contents(cache).digest(file) != before
+
+
+def test_every_stage_says_what_comes_after_it_so_that_engines_can_be_left(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[str, str]] = []
+    ended: list[str] = []
+
+    def begin(self: Kept, stage: Any, *, then: Any) -> None:
+        begun.append((stage.run.name, then.run.name if then else ""))
+
+    monkeypatch.setattr(Kept, "begin", begin)
+    monkeypatch.setattr(Kept, "close", lambda self: ended.append("closed"))
+    with pytest.raises(LearnerError):
+        start(world, FakeStages(fails="cold"))
+    assert begun == [("mid", "cold"), ("cold", "judge")] and ended == ["closed"]
+    begun.clear()
+    assert start(world, FakeStages(), "run.until=joint") == 0
+    assert begun == [("cold", "judge"), ("judge", "curation"), ("curation", "joint"), ("joint", "")]
+    begun.clear()
+    assert start(world, FakeStages()) == 0
+    assert begun == [("evaluation", "")] and ended == ["closed"] * 3

@@ -15,6 +15,7 @@ from rlaudio.audio.store import ClipStore
 from rlaudio.cli.pipeline import pipeline_command
 from rlaudio.errors import DataError, RunFolderError
 from rlaudio.evals.summary import DialogueResult, RewardPart, TurnResult, write_evaluation
+from rlaudio.recipes.kept import Kept
 from rlaudio.recipes.pipeline import read_pipeline
 from rlaudio.runs import create_run, open_run
 from tests.unit.evaluations import dialogue, evaluation, turn
@@ -300,7 +301,7 @@ class FakeStages:
         self._dies_in = dies_in
         self.ran: list[tuple[str, int, bool]] = []
 
-    def __call__(self, config_path: str, overrides: Sequence[str], *, resume: str | None) -> int:
+    def __call__(self, config_path: str, overrides: Sequence[str], *, resume: str | None, kept: Kept) -> int:
         given = dict(line.split("=", 1) for line in overrides)
         told = {name: json.loads(value) for name, value in given.items() if not name.startswith("tracking")}
         name, seed, root = told["run.name"], told["run.seed"], told["run.root"]
