@@ -41,15 +41,6 @@ SMALL = Effort(records=3, model_lengths=9, multi_clip=2, deaf=3, deaf_tokens=6, 
 START = WeightVersion(0, 0)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("world") / "data"
-    counts = ["--train", "12", "--heldout", "2", "--heldout-voices", "2"]
-    command = [sys.executable, "-m", "spoken_world.make", "--out", str(out), *counts]
-    subprocess.run(command, cwd=QUICKSTART, check=True, timeout=120, stdout=subprocess.DEVNULL)
-    return out
-
-
 @dataclass(frozen=True)
 class Clinic:
     """One engine for every patient; each brings a configuration, a worker and a trainer of its own."""
@@ -96,10 +87,12 @@ class Clinic:
 
 
 @pytest.fixture(scope="module")
-def clinic(world: Path) -> Iterator[Clinic]:
+def clinic(small_world: Path) -> Iterator[Clinic]:
     import torch.distributed as dist
 
-    config: RunConfig = load_config(RunConfig, CONFIG, [f"data.train={world}/train.jsonl", f"data.clips={world}"])
+    config: RunConfig = load_config(
+        RunConfig, CONFIG, [f"data.train={small_world}/train.jsonl", f"data.clips={small_world}"]
+    )
     engine = asyncio.run(started(config))
     # vLLM has opened a world of one, and DeepSpeed takes what it finds.
     environment = {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
@@ -254,10 +247,10 @@ def assert_first_failure(rows: list[Row], check: str, reason: str) -> None:
     assert failed[0].next_step
 
 
-def test_the_command_passes_on_the_quickstart(world: Path, tmp_path: Path) -> None:
+def test_the_command_passes_on_the_quickstart(small_world: Path, tmp_path: Path) -> None:
     overrides = [
-        *(f"data.train={world}/train.jsonl", f"data.clips={world}", f"run.root={tmp_path}"),
-        *(f"data.heldout.{name}={world}/{name}.jsonl" for name in ("heldout", "heldout_voices")),
+        *(f"data.train={small_world}/train.jsonl", f"data.clips={small_world}", f"run.root={tmp_path}"),
+        *(f"data.heldout.{name}={small_world}/{name}.jsonl" for name in ("heldout", "heldout_voices")),
     ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "rlaudio.cli.main", "doctor", str(CONFIG), *overrides]
