@@ -126,7 +126,7 @@ class RolloutWorker:
         )
         self._receiver = WeightReceiver(self._engine, keeps_base=config.sync.delta)
         clips = ClipStore(config.data.clips)
-        self._users = await start_user_services(config, clips=clips, on_gpu=self._on_gpu)
+        self._users = self._users or await start_user_services(config, clips=clips, on_gpu=self._on_gpu)
         user: User = load_object(config.dialogue.user)(self._users.lent, **config.dialogue.user_options)
         self._augmenter = Augmenter(config.data.augment, clips, seed=config.run.seed)
         self._player = DialoguePlayer(
@@ -139,12 +139,10 @@ class RolloutWorker:
         )
 
     async def start_over(self, config: RunConfig, version: WeightVersion) -> None:
-        """Begin another run with the engine and the encoder of the one before; `rlaudio.recipes.kept` says which can.
+        """Begin another run with the models of the one before; `rlaudio.recipes.kept` says which can.
 
         The engine holds the weights of the run before until the first broadcast.
         """
-        if self._users is not None:
-            await self._users.close()
         if self._receiver is not None:
             self._receiver.leave()
         self._config = config

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _MEMORY_BYTES = 4 << 30
 """Two vLLM engines, one DeepSpeed rank and the driver at tiny size: about 1 GB each, mostly imports."""
+_RANK_BYTES = 1 << 30
 _DISK_BYTES = 1 << 30
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after Ctrl-C and SIGTERM, as shells have them."""
@@ -62,8 +63,13 @@ def train_command(
     check_versions()
     make_importable(config_path, resume=resume)  # before the check, which loads the classes that are named
     config: RunConfig = load_config(RunConfig, config_path, overrides, check=problems_before_start)
-    check_memory(_MEMORY_BYTES, what="a run's engines and learner")
-    check_shm()
+    if kept is not None:
+        kept.fit(config)
+    if kept is not None and kept.waits:
+        check_memory(_RANK_BYTES, what="a run's learner, beside engines that run already")
+    else:
+        check_memory(_MEMORY_BYTES, what="a run's engines and learner")
+        check_shm()
     check_writable(config.run.root, setting="run.root")
     check_disk(config.run.root, _DISK_BYTES, what="a run's checkpoints and report")
 

@@ -70,9 +70,13 @@ class Kept:
         Args:
             stage, then: its configuration, and that of the stage after it, if there is one.
         """
+        self.fit(stage)
+        self._next = then
+
+    def fit(self, stage: object) -> None:
+        """End what a run of this very configuration cannot take over: its file may have changed since `begin`."""
         if self._left is not None and not _can_go_on(self._left, stage):
             self.close()
-        self._next = then
 
     def take(self) -> Left | None:
         """What the stage that began takes over; from now on it ends it, or leaves it."""

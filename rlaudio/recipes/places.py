@@ -88,11 +88,14 @@ class Places:
         return {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._groups[role][1])}
 
     def moved(self) -> Places:
-        """The room with all who are in it, for the next run; none is left here."""
+        """The room with all who are in it, for the next run, which says who goes on; none is left here."""
         places = Places()
         places._groups, self._groups = self._groups, {}
-        places._num_given, self._num_given = self._num_given, {}
         return places
+
+    def taken_over(self, role: str, count: int) -> None:
+        """So many actors of `role` go on in their places; whoever is missing gets one, as soon as it is free again."""
+        self._num_given[role] = count
 
     def release(self) -> None:
         """Give all room back; actors in it end. Calling it twice is harmless."""

@@ -255,6 +255,8 @@ async def running_actors(
         places = left.places if left is not None else await reserve(config, told=told)
         ends.callback(places.release)
         engines, judges = await left.living() if left is not None else ((), ())
+        places.taken_over("rollout", len(engines))
+        places.taken_over("rewards", len(judges))
         rollouts = RolloutPool(config, environment=environment, told=told, place=places.options, running=engines)
         ends.callback(rollouts.pool.stop)
         rewards = RewardPool(config, environment=environment, told=told, place=places.options, running=judges)

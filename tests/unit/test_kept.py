@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,14 +19,16 @@ from rlaudio.actors.members import ActorPool
 from rlaudio.actors.pool import RolloutPool
 from rlaudio.actors.reward import RewardWorker
 from rlaudio.actors.rollout import RolloutWorker
+from rlaudio.cli.train import train_command
 from rlaudio.config import RunConfig, SourceSettings
 from rlaudio.config_loader import load_config
 from rlaudio.config_stages import CurationConfig
 from rlaudio.models.step_audio import create_tiny
+from rlaudio.recipes import places as places_module
 from rlaudio.recipes import rl
 from rlaudio.recipes.cluster import joined_ray
 from rlaudio.recipes.kept import Kept, Left, built_from
-from rlaudio.recipes.places import Places
+from rlaudio.recipes.places import Places, Wish
 from rlaudio.rewards.base import JudgeServices
 from rlaudio.types import WeightVersion
 from tests.conftest import TINY_WORDS
@@ -182,6 +185,46 @@ async def test_whoever_died_or_is_mute_meanwhile_is_not_taken_over(done: list[An
     assert set(done) == {dead, mute}
 
 
+def test_an_actor_that_is_missing_gets_its_place_although_ray_has_not_freed_it_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(places_module, "_is_homeless", lambda group: False)
+    monkeypatch.setattr(places_module, "_has_room", lambda wish, group: False)
+    first, group = Places(), SimpleNamespace(is_empty=False)
+    first._groups["rollout"] = (Wish("rollout", "rollout.actors", 2, 1.0, 0.0, "PACK"), group)  # type: ignore[assignment]
+    assert [bool(first.options("rollout")) for _ in range(3)] == [True, True, False]
+    second = first.moved()
+    assert first.options("rollout") == {}, "nothing is left there"
+    second.taken_over("rollout", 1)
+    assert [bool(second.options("rollout")) for _ in range(2)] == [True, False]
+
+
+def test_what_runs_is_what_the_file_says_when_the_stage_begins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    """The pipeline has read it before, perhaps hours ago."""
+
+    class Asked(Exception):
+        pass
+
+    class Asking(Kept):
+        def fit(self, stage: Any) -> None:
+            raise Asked(stage.rollout.engine.max_model_len)
+
+    settings = {
+        "run": {"name": "x", "root": str(tmp_path / "runs")},
+        "model": {"path": str(tiny_checkpoint)},
+        "data": {"clips": str(tmp_path), "train": str(tmp_path / "train.jsonl")},
+        "rewards": {"sources": [{"name": "verified", "judge": "rlaudio.rewards.verified:VerifiedReward"}]},
+        "rollout": {"engine": {"max_model_len": 123}},
+    }
+    (tmp_path / "train.jsonl").write_text("")
+    (tmp_path / "arm.yaml").write_text(json.dumps(settings))
+    monkeypatch.setenv("PYTHONPATH", "")
+    with pytest.raises(Asked, match="123"):
+        train_command(str(tmp_path / "arm.yaml"), [], resume=None, kept=Asking())
+
+
 def test_a_pool_hands_over_no_more_than_the_next_one_has() -> None:
     ended: list[Any] = []
     actors: Any = {name: Actor(name) for name in ("a", "b", "c", "d")}
@@ -211,11 +254,12 @@ async def test_a_rollout_actor_keeps_its_engine_and_encoder_and_knows_nothing_of
     engine: Any = SimpleNamespace(version=WeightVersion(0, 40))
     worker = RolloutWorker(first, on_gpu=False, engine=engine)
     await worker.start(START)
-    before, left = worker._receiver, list[str]()
-    assert before is not None
+    before, users, left = worker._receiver, worker._users, list[str]()
+    assert before is not None and users is not None
     before.membership = SimpleNamespace(leave=lambda: left.append("group"))  # type: ignore[assignment]
     await worker.start_over(second, START)
     assert worker._config is second and worker._engine is engine and loaded == ["encoder"]
+    assert worker._users is users, "what users think with is served on"
     assert left == ["group"] and worker._receiver is not before
     assert worker._receiver is not None and worker._receiver.base_version is None, "versions of two runs look alike"
 

@@ -22,6 +22,8 @@ class Places:
 
     own = options
 
+    def taken_over(self, role: str, count: int) -> None: ...
+
     def release(self) -> None:
         self.released += 1
 
