@@ -36,8 +36,8 @@ LIFE_DEADLINE_S, PATIENCE_S = 3000.0, 1200.0
 LOOK_S, FAR_LOOK_S = 0.001, 0.2
 """Between two looks at what the processes do: when one is about to be killed, and before."""
 FAR_OFF = 0.01
-"""Of the way from the first weights to the last. A replay encodes sounds in the ranks and differs in the last bits: by
-7.5e-6 of the way when it was first measured, where two steps more or less were half of it."""
+"""Of the way from the first weights to the last. Two steps more or less were half of it when it was first measured, and
+sounds that were encoded in other company 7.5e-6; encoded alone, as on a CPU, they make no difference."""
 
 
 @dataclass(frozen=True, slots=True)
